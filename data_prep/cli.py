@@ -1,0 +1,213 @@
+"""The command ``data-prep``. Exit codes: 0 done (also with rejected videos, listed), 1 the work failed, 2 bad input."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from data_prep import sources
+from data_prep.settings import PROFILES, Encoding, Settings, parse_size
+from vswin_dist import storage
+from vswin_dist.errors import ConfigError, run_command
+from vswin_dist.manifest import Manifest, read_manifest
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    root = argparse.ArgumentParser(prog="data-prep", description="Videos to WebDataset shards with a manifest.")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    shard = commands.add_parser("shard", help="verify, encode and pack the videos of a source")
+    kinds = shard.add_subparsers(dest="kind", required=True, metavar="SOURCE")
+    for name, kind in sources.KINDS.items():
+        one = kinds.add_parser(name, help=(sys.modules[kind.__module__].__doc__ or "").split("\n")[0],
+                               description=sys.modules[kind.__module__].__doc__)
+        kind.add_arguments(one)
+        add_shard_arguments(one)
+        one.set_defaults(run=shard_command)
+    verify = commands.add_parser("verify", help="hold the shards against their manifest")
+    verify.add_argument("url", help="folder of the shards, or the manifest")
+    verify.add_argument("--repair", action="store_true", help="rebuild missing and damaged shards from the source")
+    add_workers(verify)
+    verify.set_defaults(run=verify_command)
+    retry = commands.add_parser("retry", help="process the rejected videos of a dataset again")
+    retry.add_argument("url", help="folder of the shards")
+    add_workers(retry)
+    retry.set_defaults(run=retry_command)
+    merge = commands.add_parser("merge", help="join datasets under one manifest; no shard is moved")
+    merge.add_argument("out", help="folder of the new manifest")
+    merge.add_argument("urls", nargs="+", metavar="URL", help="folders of the datasets")
+    merge.add_argument("--name", default="dataset", help="name kept in the manifest (%(default)s)")
+    merge.add_argument("--split", default="train", help="split kept in the manifest (%(default)s)")
+    merge.set_defaults(run=merge_command)
+    preview = commands.add_parser("preview", help="write a contact sheet of a few videos as one HTML file")
+    preview.add_argument("url", help="folder of the shards, or the manifest")
+    preview.add_argument("--out", default="preview.html", metavar="URL", help="(%(default)s)")
+    preview.add_argument("--count", type=int, default=24, metavar="N", help="videos shown (%(default)s)")
+    add_workers(preview)
+    preview.set_defaults(run=preview_command)
+    stats = commands.add_parser("stats", help="print what a dataset holds")
+    stats.add_argument("url", help="folder of the shards, or the manifest")
+    stats.set_defaults(run=stats_command)
+    return root
+
+
+def add_workers(to: argparse.ArgumentParser) -> None:
+    """Declare ``--workers``."""
+    to.add_argument("--workers", type=int, metavar="N", help="local processes (the machine's cores)")
+
+
+def add_shard_arguments(to: argparse.ArgumentParser) -> None:
+    """Declare the options that every kind of source has."""
+    to.add_argument("--out", required=True, metavar="URL", help="folder of the shards, on any file system of fsspec")
+    to.add_argument("--classes", metavar="FILE|MANIFEST",
+                    help="class names in the order of their ids: a text file, one a line, or a manifest")
+    to.add_argument("--name", default="dataset", help="name kept in the manifest (%(default)s)")
+    to.add_argument("--split", default="train", help="split kept in the manifest (%(default)s)")
+    defaults = Encoding()
+    to.add_argument("--profile", default="train", help=f"one of {', '.join(PROFILES)} (%(default)s)")
+    to.add_argument("--short-side", type=int, default=defaults.short_side, metavar="PIXELS", help="(%(default)s)")
+    to.add_argument("--keyframe-interval", type=int, default=defaults.keyframe_interval, metavar="FRAMES",
+                    help="(%(default)s)")
+    to.add_argument("--crf", type=int, default=defaults.crf, help="x264's quality, lower is better (%(default)s)")
+    to.add_argument("--max-fps", type=float, default=defaults.max_fps, metavar="RATE",
+                    help="cap of the frame rate (none)")
+    to.add_argument("--min-frames", type=int, default=defaults.min_frames, metavar="N", help="(%(default)s)")
+    to.add_argument("--min-side", type=int, default=defaults.min_side, metavar="PIXELS", help="(%(default)s)")
+    to.add_argument("--max-bad", type=float, default=defaults.max_bad, metavar="SHARE",
+                    help="share of lost or damaged frames that is let pass (%(default)s)")
+    to.add_argument("--keep-duplicates", action="store_true", help="keep videos whose bytes were seen before")
+    to.add_argument("--shard-size", default="256MB", metavar="SIZE", help="target bytes of a shard (%(default)s)")
+    to.add_argument("--shard-count", type=int, default=10_000, metavar="N",
+                    help="samples of a shard at most (%(default)s)")
+    to.add_argument("--seed", type=int, default=0, help="of the order of the samples (%(default)s)")
+    to.add_argument("--window", type=int, default=2000, metavar="N",
+                    help="videos that are shuffled together where the source is archives (%(default)s)")
+    to.add_argument("--dry-run", action="store_true", help="say what would be done, with an estimate; write nothing")
+    to.add_argument("--ray", metavar="ADDRESS", help="work on this Ray cluster (auto, ray://..., HOST:PORT), "
+                    "on all its nodes; out, and work if given, must be reachable from all")
+    to.add_argument("--work", metavar="URL", help="folder for samples that wait to be packed (beside the shards, or "
+                    "below VSWIN_HOME where these are remote)")
+    add_workers(to)
+
+
+def settings_from(arguments: argparse.Namespace) -> Settings:
+    """The settings that the options ask for."""
+    encoding = Encoding(arguments.profile, arguments.short_side, arguments.keyframe_interval, arguments.crf,
+                        max_fps=arguments.max_fps, min_frames=arguments.min_frames, min_side=arguments.min_side,
+                        max_bad=arguments.max_bad)
+    return Settings(encoding, parse_size(arguments.shard_size), arguments.shard_count, arguments.seed,
+                    arguments.window, arguments.keep_duplicates, arguments.name, arguments.split)
+
+
+def check_workers(workers: int | None) -> None:
+    """Refuse fewer than one worker."""
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers must be at least 1, not {workers}")
+
+
+def shard_command(arguments: argparse.Namespace) -> int:
+    """``data-prep shard``."""
+    from data_prep import journal
+    from data_prep.pipeline import plan, shard_dataset
+    check_workers(arguments.workers)
+    settings = settings_from(arguments)
+    source = sources.KINDS[arguments.kind].from_arguments(arguments)
+    classes = sources.read_classes(arguments.classes) if arguments.classes else None
+    if arguments.dry_run:
+        from data_prep.estimate import estimate
+        job = plan(source, storage.absolute(arguments.out), settings, classes, arguments.work)
+        journal.check_plan(job.out, job.record())
+        print("\n".join(estimate(job).lines(arguments.workers or os.cpu_count() or 1)))
+        return 0
+    manifest = shard_dataset(source, arguments.out, settings, classes=classes, workers=arguments.workers,
+                             work=arguments.work, ray_address=arguments.ray)
+    print_result(manifest, arguments.out)
+    return 0
+
+
+def print_result(manifest: Manifest, out: str) -> None:
+    """The rejected videos on stderr, the counts on stdout."""
+    from data_prep.report import human_bytes, reject_list
+    for line in reject_list(manifest):
+        print(line, file=sys.stderr)
+    counts = manifest.counts
+    total = human_bytes(sum(s.bytes for s in manifest.shards))
+    print(f"{out}: read {counts['read']:,} = kept {counts['kept']:,} + rejected {counts['rejected']:,}; "
+          f"{len(manifest.classes)} classes, {len(manifest.shards):,} shards, {total}, "
+          f"fingerprint {manifest.fingerprint}")
+
+
+def verify_command(arguments: argparse.Namespace) -> int:
+    """``data-prep verify``."""
+    from data_prep.verify import verify_dataset
+    check_workers(arguments.workers)
+    if arguments.repair:
+        from data_prep.again import repair
+        rebuilt, wrong = repair(arguments.url, arguments.workers)
+        for problem in (p for problems in wrong.values() for p in problems):
+            print(problem)
+        print("\n".join(f"{name}: rebuilt" for name in rebuilt))
+    wrong = verify_dataset(arguments.url, arguments.workers)
+    for problem in (p for problems in wrong.values() for p in problems):
+        print(problem)
+    manifest = read_manifest(arguments.url)
+    damaged = sum(number >= 0 for number in wrong)
+    print(f"{len(manifest.shards) - damaged:,} of {len(manifest.shards):,} shards are as the manifest says, "
+          f"{len(manifest.samples):,} videos in all")
+    return 1 if wrong else 0
+
+
+def retry_command(arguments: argparse.Namespace) -> int:
+    """``data-prep retry``."""
+    from data_prep.again import retry
+    from data_prep.report import refresh_reports
+    check_workers(arguments.workers)
+    before = read_manifest(arguments.url).counts
+    manifest = retry(arguments.url, arguments.workers)
+    refresh_reports(manifest, storage.absolute(arguments.url), arguments.workers or os.cpu_count() or 1)
+    print(f"{manifest.counts['kept'] - before['kept']:,} of {before['rejected']:,} rejected videos are kept now")
+    print_result(manifest, arguments.url)
+    return 0
+
+
+def merge_command(arguments: argparse.Namespace) -> int:
+    """``data-prep merge``."""
+    from data_prep.merge import merge
+    print_result(merge(arguments.out, arguments.urls, arguments.name, arguments.split), arguments.out)
+    return 0
+
+
+def preview_command(arguments: argparse.Namespace) -> int:
+    """``data-prep preview``."""
+    from data_prep.report import write_preview
+    check_workers(arguments.workers)
+    shown = write_preview(arguments.url, arguments.out, arguments.count, arguments.workers or os.cpu_count() or 1)
+    print(f"{arguments.out}: {shown} videos")
+    return 0
+
+
+def stats_command(arguments: argparse.Namespace) -> int:
+    """``data-prep stats``."""
+    from data_prep.report import stats_table
+    print(stats_table(read_manifest(arguments.url)))
+    return 0
+
+
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    arguments = parser().parse_args(argv)
+    return run_command(lambda: arguments.run(arguments))
+
+
+def entry_point() -> None:
+    """The console script. A polite kill ends the workers too."""
+    signal.signal(signal.SIGTERM, _stop)
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""Entries into one plain WebDataset tar, published atomically: KEY.cls, KEY.json and the video of every sample.
+
+The tar's bytes depend on its entries alone: members in webdataset's order, time 0, a fixed owner.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import uuid
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from data_prep.encode import Outcome
+from data_prep.journal import Record, Staging, record_url
+from data_prep.settings import Settings
+from vswin_dist import storage
+from vswin_dist.errors import WorkFailed
+from vswin_dist.manifest import Reject, Sample, Shard
+
+BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One position of the dataset's order, as it goes into a shard or its record."""
+
+    position: int
+    slot: int  # where its bytes are staged
+    source_id: str
+    class_name: str
+    class_id: int
+    outcome: Outcome
+    key: str
+    source_url: str  # where the bytes lie if they are kept as they are, else ""
+
+
+@dataclass(frozen=True)
+class PackTask:
+    """All that is needed to write one shard, on any node."""
+
+    number: int
+    start: int  # positions [start, end) of the order
+    end: int
+    entries: list[Entry]  # kept and rejected, in order
+    out: str
+    staging: str
+    keep_slots: bool  # the record must say which slots it covers
+
+
+def tar_bytes(outcome: Outcome) -> int:
+    """Bytes that a sample takes in a tar: three headers, class, description and the video, each in blocks."""
+    return 3 * BLOCK + 2 * BLOCK + -(-outcome.size // BLOCK) * BLOCK
+
+
+def is_full(count: int, size: int, following: Outcome, settings: Settings) -> bool:
+    """True where a shard of `count` samples and `size` bytes is to be closed before the `following` sample."""
+    return count > 0 and (count >= settings.shard_count or size + tar_bytes(following) > settings.shard_bytes)
+
+
+def cut_into_shards(kept: list[Entry], settings: Settings) -> list[list[Entry]]:
+    """Consecutive groups of entries, one for each shard."""
+    groups: list[list[Entry]] = []
+    size = 0
+    for entry in kept:
+        if not groups or is_full(len(groups[-1]), size, entry.outcome, settings):
+            groups.append([])
+            size = 0
+        groups[-1].append(entry)
+        size += tar_bytes(entry.outcome)
+    return groups
+
+
+def shard_name(number: int) -> str:
+    """File name of shard `number`."""
+    return f"shard-{number:05d}.tar"
+
+
+def pack(task: PackTask) -> Record:
+    """Write the tar (where any entry is kept), then its record; the staged bytes are removed last.
+
+    Raises:
+        WorkFailed: bytes changed since they were verified. DataError: the storage fails.
+    """
+    kept = [e for e in task.entries if e.outcome.kept]
+    rejected = [Reject(e.source_id, e.class_name, e.outcome.verdict, e.outcome.detail)
+                for e in task.entries if not e.outcome.kept]
+    staging = Staging(task.staging)
+    shard, samples = write_shard(kept, task.number, task.out, staging, shard_name(task.number)) if kept else (None, [])
+    contents = [e.outcome.content for e in kept]
+    record = Record(task.number, task.start, task.end, shard, samples, contents, rejected,
+                    [e.slot for e in task.entries] if task.keep_slots else [])
+    storage.put_bytes(record_url(task.out, task.start), record.to_json())
+    staging.discard(e.slot for e in task.entries)
+    return record
+
+
+def write_shard(kept: list[Entry], number: int, out: str, staging: Staging, name: str,
+                sha256: str = "") -> tuple[Shard, list[Sample]]:
+    """Write and publish the tar `name` of `kept`; the samples' `shard` is `number`.
+
+    Raises:
+        WorkFailed: `sha256` is given and the tar has another; nothing is published then.
+    """
+    samples: list[Sample] = []
+    with _published(storage.join(out, name), staging.url) as stream:
+        for entry, data in ((e, _bytes_of(e, staging)) for e in kept):
+            samples.append(_write_sample(stream, entry, data, number))
+        stream.close_tar()
+        if sha256 and stream.digest.hexdigest() != sha256:
+            raise WorkFailed(f"{name} rebuilt has sha256 {stream.digest.hexdigest()}, the manifest says {sha256}")
+    return Shard(name, stream.count, stream.digest.hexdigest(), len(kept)), samples
+
+
+def _bytes_of(entry: Entry, staging: Staging) -> bytes:
+    if not entry.source_url:
+        data = staging.payload(entry.slot)
+    elif storage.is_local(entry.source_url):
+        data = Path(storage.absolute(entry.source_url)).read_bytes()  # small files by the hundred thousand
+    else:
+        data = storage.read_bytes(entry.source_url)
+    if len(data) != entry.outcome.size or zlib.crc32(data) != entry.outcome.crc32:
+        where = entry.source_url or "its staged copy"
+        raise WorkFailed(f"{entry.source_id}: {where} changed since it was verified. Run the same command again.")
+    return data
+
+
+class _TarStream:
+    """Counts and hashes what webdataset's TarWriter writes through it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        from webdataset.writer import TarWriter  # heavy: imported where a tar is written
+        self.file = file
+        self.count = 0
+        self.digest = hashlib.sha256()
+        self.tar: Any = TarWriter(self, encoder=False, mtime=0, user="root", group="root")
+
+    def write(self, data: bytes) -> int:
+        """Called by tarfile."""
+        self.file.write(data)
+        self.digest.update(data)
+        self.count += len(data)
+        return len(data)
+
+    def close_tar(self) -> None:
+        """Write the tar's end."""
+        self.tar.close()
+
+
+def _write_sample(stream: _TarStream, entry: Entry, data: bytes, number: int) -> Sample:
+    o = entry.outcome
+    facts = {"source_id": entry.source_id, "label": entry.class_name, "class_id": entry.class_id, "frames": o.frames,
+             "fps": o.fps, "duration": o.duration, "width": o.width, "height": o.height}
+    members = {"cls": str(entry.class_id).encode(), "json": json.dumps(facts, ensure_ascii=False).encode(),
+               o.extension: data}
+    offset = stream.tar.tarstream.offset
+    for extension in sorted(members):  # the order in which TarWriter writes them
+        offset += BLOCK
+        if extension == o.extension:
+            break
+        offset += -(-len(members[extension]) // BLOCK) * BLOCK
+    stream.tar.write({"__key__": entry.key, **members})
+    stream.tar.tarstream.members.clear()  # tarfile would remember every member
+    return Sample(entry.key, entry.class_id, number, offset, o.size, o.crc32, o.extension, o.frames, o.fps, o.duration,
+                  o.width, o.height, entry.source_id)
+
+
+@contextmanager
+def _published(url: str, staging: str) -> Iterator[_TarStream]:
+    """A tar that appears at `url` whole, or not at all. Local: written beside its place. Remote: spooled, then put.
+
+    It is spooled in the staging folder where that is on this machine, so that nothing a killed run leaves behind
+    outlives the next one.
+    """
+    if storage.is_local(url):
+        target = Path(storage.absolute(url))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        spool = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    else:
+        target = None
+        folder = Path(storage.absolute(staging) if storage.is_local(staging) else tempfile.gettempdir())
+        folder.mkdir(parents=True, exist_ok=True)
+        spool = folder / f".data-prep-{uuid.uuid4().hex}.tmp"
+    try:
+        with open(spool, "wb") as file:
+            yield _TarStream(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if target is not None:
+            os.replace(spool, target)
+        else:
+            storage.put_file(spool, url)
+    finally:
+        spool.unlink(missing_ok=True)

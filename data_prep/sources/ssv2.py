@@ -1,0 +1,109 @@
+"""Something-Something V2: annotation json, labels.json, and ``ID.webm`` in a folder or in the cut tar.gz.
+
+The class is the entry's template without its brackets; class ids come from labels.json. Test entries have an id
+alone: their classes come from the answers csv (``id;class name``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from data_prep.sources.base import Item, Listing, find_archives, find_files, first_per_id, natural, read_text
+from vswin_dist import storage
+from vswin_dist.errors import DataError
+
+_PIECE = re.compile(r"-(\d\d+|[a-z]{2})$")  # 20bn-something-something-v2-00, ...-aa
+
+
+@dataclass(frozen=True)
+class Ssv2Source:
+    """Entries of an SSv2 json file. Fields are plain values; `answers` is "" where the entries have templates."""
+
+    annotations: str
+    labels: str
+    videos: str
+    answers: str
+    kind: ClassVar[str] = "ssv2"
+
+    def listing(self) -> Listing:
+        """See `Source.listing`."""
+        classes = self._classes()
+        rows, again = first_per_id(self._rows())
+        by_id = {row.source_id: row for row in rows}
+
+        def find(path: str) -> Item | None:
+            return by_id.get(path.rsplit("/", 1)[-1].rsplit(".", 1)[0])
+
+        if archives := self._archives():
+            return Listing(rows, again, classes, archives, find)
+        base = storage.absolute(self.videos)
+        urls: dict[str, str] = {}
+        unnamed = again
+        for file in find_files(self.videos):
+            row = find(file)
+            if row is None or urls.setdefault(row.source_id, storage.join(base, file)) != storage.join(base, file):
+                unnamed.append(file)
+        return Listing([replace(row, url=urls.get(row.source_id, "")) for row in rows], unnamed, classes)
+
+    def _archives(self) -> list[list[str]]:
+        if found := find_archives(self.videos) if not _PIECE.search(self.videos.rstrip("*?")) else []:
+            return [[url] for url in found] if not _PIECE.search(found[0]) else [found]
+        names = storage.list_names(storage.absolute(self.videos))
+        pieces = sorted((n for n in names if _PIECE.search(n)), key=natural)
+        return [[storage.join(storage.absolute(self.videos), n) for n in pieces]] if pieces else []
+
+    def _json(self, url: str, what: str) -> Any:
+        try:
+            return json.loads(read_text(url, what))
+        except ValueError as error:
+            raise DataError(f"{what} {url} is no json: {error}") from error
+
+    def _classes(self) -> list[str]:
+        labels = self._json(self.labels, "labels")
+        try:
+            ids = {int(number): str(name) for name, number in labels.items()}
+            return [ids[i] for i in range(len(labels))]
+        except (AttributeError, ValueError, KeyError) as error:
+            raise DataError(f"{self.labels} does not map class names to the ids 0, 1, 2, ...") from error
+
+    def _rows(self) -> list[Item]:
+        entries = self._json(self.annotations, "annotations")
+        answers: dict[str, str] = {}
+        if self.answers:
+            pairs = (line.partition(";") for line in read_text(self.answers, "answers").splitlines() if line.strip())
+            answers = {number.strip(): name.strip() for number, _, name in pairs}
+        rows = []
+        try:
+            for entry in entries:
+                number = str(entry["id"])
+                template = entry.get("template")
+                name = re.sub(r"[\[\]]", "", template) if template else answers.get(number, "")
+                if not name:
+                    raise DataError(f"{self.annotations}: entry {number} has no template"
+                                    + (f" and no line in {self.answers}" if self.answers else "; give --answers"))
+                rows.append(Item(number, name, ""))
+        except (TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{self.annotations} is not a list of entries with an id") from error
+        if not rows:
+            raise DataError(f"{self.annotations} has no entries")
+        return rows
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """See `Source.add_arguments`."""
+        parser.add_argument("--annotations", required=True, metavar="URL", help="train, validation or test json")
+        parser.add_argument("--labels", required=True, metavar="URL", help="labels.json")
+        parser.add_argument("--videos", required=True, metavar="URL",
+                            help="folder of ID.webm files, or of the pieces 20bn-something-something-v2-??")
+        parser.add_argument("--answers", default="", metavar="URL", help="csv of the test set's classes, id;class name")
+
+    @classmethod
+    def from_arguments(cls, arguments: argparse.Namespace) -> Ssv2Source:
+        """See `Source.from_arguments`."""
+        answers = storage.absolute(arguments.answers) if arguments.answers else ""
+        return cls(storage.absolute(arguments.annotations), storage.absolute(arguments.labels),
+                   storage.absolute(arguments.videos), answers)

@@ -1,0 +1,152 @@
+"""Hold shards against their manifest: counts, sizes, sha256, and every member's name, place and crc32."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO
+
+from data_prep.executor import LocalExecutor
+from data_prep.progress import Progress
+from vswin_dist import storage
+from vswin_dist.errors import DataError
+from vswin_dist.manifest import Manifest, Sample, Shard, read_manifest, shard_url
+
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to check."""
+
+    number: int
+    url: str
+    shard: Shard
+    samples: list[Sample]
+
+
+def verify_dataset(url: str, workers: int | None = None, show_progress: bool = True) -> dict[int, list[str]]:
+    """What is wrong with each shard of the dataset at `url`, by shard number; -1 stands for the folder. Empty is well.
+
+    Raises:
+        DataError: the manifest is absent or damaged.
+    """
+    manifest = read_manifest(url)
+    wrong: dict[int, list[str]] = {}
+    if extra := extra_shards(manifest, url):
+        wrong[-1] = [f"{name}: a shard that the manifest does not list" for name in extra]
+    per_shard: dict[int, list[Sample]] = {n: [] for n in range(len(manifest.shards))}
+    for sample in manifest.samples:
+        per_shard[sample.shard].append(sample)
+    progress = Progress(len(manifest.shards), "shards", shown=show_progress)
+    pool = LocalExecutor(min(workers or os.cpu_count() or 1, max(1, len(manifest.shards))))
+    try:
+        waiting = list(enumerate(manifest.shards))[::-1]
+        running = 0
+        while waiting or running:
+            while waiting and pool.room > 0:
+                number, shard = waiting.pop()
+                task = ShardTask(number, shard_url(url, shard), shard, per_shard.pop(number))
+                pool.submit(number, check_shard, task)
+                running += 1
+            done = pool.wait()
+            running -= 1
+            if problems := ["worker processes died on it"] if done.crashed else done.value:
+                wrong[done.ticket] = problems
+            progress.advance()
+    finally:
+        pool.close()
+    progress.close()
+    return dict(sorted(wrong.items()))
+
+
+def extra_shards(manifest: Manifest, url: str) -> list[str]:
+    """Tars beside the manifest that it does not list: a reader that takes `*.tar` would read them."""
+    folder = storage.absolute(url)
+    folder = folder.rsplit("/", 1)[0] if folder.endswith(".json") else folder
+    listed = {shard.url for shard in manifest.shards}
+    return [n for n in storage.list_names(folder) if n.endswith(".tar") and not n.startswith(".") and n not in listed]
+
+
+def check_shard(task: ShardTask) -> list[str]:
+    """Every problem of one shard, in words; empty is well."""
+    name = task.shard.url
+    try:
+        found = storage.size(task.url)
+    except FileNotFoundError:
+        return [f"{name}: missing"]
+    problems = []
+    if found != task.shard.bytes:
+        problems.append(f"{name}: {found} bytes, the manifest says {task.shard.bytes}")
+    if task.shard.samples != len(task.samples):
+        problems.append(f"{name}: {task.shard.samples} samples declared, {len(task.samples)} listed")
+    try:
+        with storage.open_read(task.url) as file:
+            reader = _Hashing(file)
+            problems += [f"{name}: {p}" for p in _check_members(reader, task.samples)]
+            reader.drain()
+    except (OSError, DataError) as error:
+        return [*problems, f"{name}: cannot be read: {error}"]
+    if reader.digest.hexdigest() != task.shard.sha256:
+        problems.append(f"{name}: sha256 is {reader.digest.hexdigest()}, the manifest says {task.shard.sha256}")
+    return problems
+
+
+class _Hashing:
+    """A file that hashes what is read through it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.file.read(size)
+        self.digest.update(data)
+        return data
+
+    def drain(self) -> None:
+        while self.read(CHUNK):
+            pass
+
+
+def _check_members(reader: _Hashing, samples: list[Sample]) -> Iterator[str]:
+    expected = [(s, ext) for s in samples for ext in sorted(("cls", "json", s.extension))]
+    position = 0
+    try:
+        # "r|" reads strictly forward, so that the hash sees every byte once
+        with tarfile.open(fileobj=reader, mode="r|", bufsize=CHUNK) as tar:  # type: ignore[call-overload]
+            for member in tar:
+                if position >= len(expected):
+                    yield f"member {member.name!r} is not in the manifest"
+                    return
+                sample, ext = expected[position]
+                position += 1
+                if member.name != f"{sample.key}.{ext}":
+                    yield f"member {position} is {member.name!r}, expected {sample.key}.{ext}"
+                    return
+                if ext == sample.extension:
+                    yield from _check_video(tar, member, sample)
+                elif ext == "cls" and (text := _read(tar, member)) != str(sample.class_id).encode():
+                    yield f"{member.name} says class {text!r}, the manifest {sample.class_id}"
+    except tarfile.TarError as error:
+        yield f"the tar breaks off after {position} of {len(expected)} members: {error}"
+        return
+    if position < len(expected):
+        yield f"ends after {position} of {len(expected)} members"
+
+
+def _check_video(tar: tarfile.TarFile, member: tarfile.TarInfo, sample: Sample) -> Iterator[str]:
+    if (member.offset_data, member.size) != (sample.offset, sample.size):
+        yield (f"{member.name} lies at {member.offset_data} with {member.size} bytes, the manifest says "
+               f"{sample.offset} with {sample.size}")
+    elif zlib.crc32(_read(tar, member)) != sample.crc32:
+        yield f"{member.name}: its bytes changed (crc32)"
+
+
+def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    return file.read() if file else b""

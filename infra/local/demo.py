@@ -1,0 +1,203 @@
+"""``make demo``: videos -> shards -> 2D weights -> inflated model -> training on Ray and DeepSpeed -> scores -> registry.
+
+Every step is the command that a user would give. With ``--data DIR`` (one folder per class, or an index.csv with path
+and label) the videos are the user's; otherwise they are rendered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from infra.local import motions
+from infra.local.cluster import RAY, Cluster, end_process, local_cluster
+from infra.local.stills import pretrain
+from vswin_dist import storage
+from vswin_dist.config import load_settings
+from vswin_dist.errors import DataError, WorkFailed, run_command
+from vswin_dist.tracking.provenance import source_version
+from vswin_dist.tracking.run import tracking_uri
+
+TRAIN_VIDEOS, VAL_VIDEOS = 1200, 300
+REPOSITORY = Path(__file__).parents[2]
+VIDEO_ENDINGS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".mpg", ".mpeg", ".m4v")
+
+
+@dataclass
+class Demo:
+    """One run of the demonstration: its folder, its name, and the seconds that each step took."""
+
+    folder: Path
+    name: str
+    seed: int
+    times: dict[str, float] = field(default_factory=dict)
+
+    def command(self, step: str, *command: str, env: dict[str, str] | None = None) -> str:
+        """Run `command` with `env` added, its output shown and returned; counts its seconds under `step`.
+
+        Raises:
+            WorkFailed: it ended with another code than 0.
+        """
+        print(f"\n$ {shlex.join(command)}", flush=True)
+        began, lines = time.perf_counter(), []
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY,
+                                   env={**os.environ, **(env or {})}, start_new_session=True)
+        try:
+            assert process.stdout
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                lines.append(line)
+            code = process.wait()
+        finally:
+            if process.poll() is None:
+                end_process(process)  # type: ignore[arg-type]
+        if code:
+            raise WorkFailed(f"the step {step!r} ended with exit code {code}; its output stands above")
+        self.times[step] = self.times.get(step, 0) + time.perf_counter() - began
+        return "".join(lines)
+
+
+def split_index(data: Path, folder: Path, seed: int) -> None:
+    """Write train.csv, val.csv (a fifth of each class, at random) and classes.txt of a user's folder.
+
+    Raises:
+        DataError: nothing there, or fewer than two videos in a class.
+    """
+    if (data / "index.csv").is_file():
+        with open(data / "index.csv", newline="") as file:
+            rows = [(r["path"], r["label"]) for r in csv.DictReader(file)]
+    elif data.is_dir():
+        rows = [(str(p.relative_to(data)), p.parent.name) for p in sorted(data.glob("*/*"))
+                if p.suffix.lower() in VIDEO_ENDINGS]
+    else:
+        raise DataError(f"{data} is no folder")
+    classes = defaultdict(list)
+    for path, label in rows:
+        classes[label].append(path)
+    if len(classes) < 2 or min(map(len, classes.values())) < 2:
+        raise DataError(f"{data}: found {len(rows)} videos in {len(classes)} classes; at least two classes of two "
+                        "videos are needed, as DIR/CLASS/VIDEO or in DIR/index.csv with path and label")
+    parts: dict[str, list[tuple[str, str]]] = {"train": [], "val": []}
+    for label, paths in sorted(classes.items()):
+        random.Random(f"{seed}/{label}").shuffle(paths)  # noqa: S311
+        held_out = max(1, len(paths) // 5)
+        parts["val"] += [(p, label) for p in paths[:held_out]]
+        parts["train"] += [(p, label) for p in paths[held_out:]]
+    for part, chosen in parts.items():
+        with open(folder / f"{part}.csv", "w", newline="") as file:
+            csv.writer(file).writerows([("path", "label"), *chosen])
+    (folder / "classes.txt").write_text("".join(f"{c}\n" for c in sorted(classes)))
+
+
+def prepare(demo: Demo, data: Path | None) -> dict[str, int] | None:
+    """Make the shards of both sets; returns what still frames are to teach (None: the classes)."""
+    shutil.rmtree(demo.folder / "shards", ignore_errors=True)
+    labels = None
+    if data is None:
+        began = time.perf_counter()
+        for part, count, offset in (("train", TRAIN_VIDEOS, 0), ("val", VAL_VIDEOS, 1)):
+            motions.make_dataset(demo.folder / "videos" / part, count, 2 * demo.seed + offset)
+        (demo.folder / "classes.txt").write_text("".join(f"{m}\n" for m in motions.MOTIONS))
+        with open(demo.folder / "videos" / "train" / "index.csv", newline="") as file:
+            labels = {r["path"]: motions.SHAPES.index(r["shape"]) for r in csv.DictReader(file)}
+        demo.times["render"] = time.perf_counter() - began
+    else:
+        split_index(data, demo.folder, demo.seed)
+    for part in ("train", "val"):
+        videos = demo.folder / "videos" / part if data is None else data
+        index = videos / "index.csv" if data is None else demo.folder / f"{part}.csv"
+        demo.command("shard", str(Path(sys.executable).with_name("data-prep")), "shard", "csv", "--index", str(index),
+                     "--videos", str(videos), "--path-column", "path", "--label-column", "label",
+                     "--classes", str(demo.folder / "classes.txt"), "--short-side", "48" if data is None else "128",
+                     "--name", demo.name, "--split", part, "--out", str(demo.folder / "shards" / part))
+    return labels
+
+
+def submit(demo: Demo, cluster: Cluster, overrides: list[str]) -> str:
+    """Train through the real `ray job submit`; returns its output."""
+    variables = {"VSWIN_HOME": str(storage.home()), "VSWIN_SOURCE_COMMIT": source_version(REPOSITORY)}
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        variables["MLFLOW_TRACKING_URI"] = uri
+    return demo.command("train", RAY, "job", "submit", "--address", cluster.dashboard, "--working-dir", ".",
+                        "--runtime-env-json", json.dumps({"env_vars": variables}), "--",
+                        "python", "jobs/train.py", "--recipe", "demo", *overrides, env=cluster.env)
+
+
+def run(seed: int, data: Path | None, extra: list[str]) -> int:
+    """The whole line, ending with a table."""
+    began = time.perf_counter()
+    name = "demo" if data is None else f"demo-{re.sub('[^A-Za-z0-9_-]+', '-', data.name)}"
+    demo = Demo(storage.home() / "demo" / name, name, seed)
+    demo.folder.mkdir(parents=True, exist_ok=True)
+    labels = prepare(demo, data)
+    sets = [f"data.{part}={demo.folder / 'shards' / part}" for part in ("train", "val")]
+    overrides = [f"run.name={name}", "run.fresh=true", f"run.seed={seed}", *sets, *extra]
+    settings = load_settings("demo", overrides)
+
+    print("\ntraining a small 2D Swin on still frames", flush=True)
+    started = time.perf_counter()
+    weights = demo.folder / "swin_nano_2d.pth"
+    stills = pretrain(settings, labels, 5, weights)
+    demo.times["2D weights"] = time.perf_counter() - started
+    inflated = demo.command("inflate", sys.executable, "jobs/inflate.py", "--weights", str(weights), "--recipe", "demo",
+                            "--register", f"{name}-inflated", *overrides)
+    with local_cluster(cpus=2) as cluster:
+        trained = submit(demo, cluster, [*overrides, f"model.init=models:/{name}-inflated@champion"])
+    champion = f"models:/{name}@champion"
+    score = [sys.executable, "jobs/evaluate.py", "--model", champion, "--data", sets[1].partition("=")[2],
+             "--clips", "1", "--crops", "1", "--batch", "32"]
+    ordered = demo.command("evaluate", *score)
+    shuffled = demo.command("evaluate", *score, "--shuffle-frames")
+    video = next(iter((demo.folder / "videos" / "val").glob("*/*"))) if data is None else data / first_path(demo.folder)
+    demo.command("predict", sys.executable, "jobs/predict.py", "--model", champion, "--clips", "1", "--crops", "1",
+                 str(video))
+
+    def top1(text: str) -> str:
+        return str(re.findall(r"top-1 ([\d.]+)%", text)[-1])
+
+    speed = re.findall(r"([\d.]+) clips/s", trained)
+    rows = [("2D weights", f"{stills:.1f}% of still frames in the last epoch"),
+            ("inflated model", re.findall(r"registered (\S+)", inflated)[-1]),
+            ("champion", re.findall(r"model +(models:\S+)", trained)[-1]),
+            ("top-1, validation", f"{top1(ordered)}%"),
+            ("top-1, frames in random order", f"{top1(shuffled)}%"),
+            ("clips/s in training (median)", f"{sorted(map(float, speed))[len(speed) // 2]:.0f}"),
+            *((f"seconds: {step}", f"{seconds:.0f}") for step, seconds in demo.times.items()),
+            ("seconds in all", f"{time.perf_counter() - began:.0f}")]
+    print("\n" + "\n".join(f"{key:32} {value}" for key, value in rows))
+    print(f"\nCompare the runs:  {Path(sys.executable).with_name('mlflow')} ui "
+          f"--backend-store-uri {tracking_uri(None)} --port 5000")
+    return 0
+
+
+def first_path(folder: Path) -> str:
+    """The first video of the validation index in `folder`."""
+    with open(folder / "val.csv", newline="") as file:
+        return str(next(csv.DictReader(file))["path"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=None, help="a folder with one folder per class, or an index.csv")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that everything started is ended
+    return run(args.seed, args.data.absolute() if args.data else None, args.settings)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

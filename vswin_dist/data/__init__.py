@@ -1,0 +1,1 @@
+"""Feeding the model: the plan, decoding, sampling, transforms and the loader."""

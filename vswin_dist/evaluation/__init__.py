@@ -1,0 +1,1 @@
+"""Exact multi-view scores: every video once, or counted as missing."""

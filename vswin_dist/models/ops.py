@@ -1,0 +1,117 @@
+"""The three operations that speed depends on: linear, permutation of tokens, attention within windows.
+
+Shapes: B = clips, L = tokens of a window, nWB = windows of all clips, h = heads, d = channels of a head, C = h*d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import cpu
+from .windows import BatchPlan, MaskPattern, Triple, region_mask
+
+
+class _Permute(torch.autograd.Function):
+    """Rows by index; the gradient reads them by the inverse index instead of adding with collisions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, zero_rows: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inverse, zero_rows)
+        out = F.embedding(index, x)  # the fastest gather of rows on CPU
+        if zero_rows is not None:
+            out.index_fill_(0, zero_rows, 0)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inverse, _ = ctx.saved_tensors
+        return F.embedding(inverse, grads[0].contiguous()), None, None, None
+
+
+class _Unpermute(torch.autograd.Function):
+    """Inverse of `_Permute`: leaves the padding out; its gradient there is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, zero_rows: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inverse, zero_rows)
+        return F.embedding(index, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inverse, zero_rows = ctx.saved_tensors
+        grad = F.embedding(inverse, grads[0].contiguous())
+        if zero_rows is not None:
+            grad.index_fill_(0, zero_rows, 0)
+        return grad, None, None, None
+
+
+def to_windows(x: Tensor, plan: BatchPlan) -> Tensor:
+    """Tokens [B, N, C] -> windows [nWB, L, C]: padding, shift and partition at once; padding is zero."""
+    rows = x.reshape(-1, x.shape[-1])
+    out: Tensor = _Permute.apply(rows, plan.gather, plan.scatter, plan.padding)
+    return out.view(-1, plan.plan.length, x.shape[-1])
+
+
+def from_windows(x: Tensor, plan: BatchPlan) -> Tensor:
+    """Windows [nWB, L, C] -> tokens [B, N, C]: the inverse of `to_windows`."""
+    rows = x.reshape(-1, x.shape[-1])
+    out: Tensor = _Unpermute.apply(rows, plan.scatter, plan.gather, plan.padding)
+    return out.view(plan.batch, plan.plan.tokens, x.shape[-1])
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` on the fastest path of the device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        if cpu.HAS_ONEDNN and cpu.usable(x, torch.float32) and self.weight.dtype == torch.float32:
+            return cpu.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+
+def mlp(x: Tensor, fc1: Linear, fc2: Linear) -> Tensor:
+    """fc2(gelu(fc1(x))), exact GELU; [B, N, C] -> [B, N, C]."""
+    # A parameter that DeepSpeed partitions (it has a ds_id) is whole only inside of its own module's forward.
+    whole = not any(hasattr(p, "ds_id") for p in (fc1.weight, fc2.weight))
+    if whole and cpu.HAS_ONEDNN and cpu.usable(x, torch.float32) and fc1.weight.dtype == torch.float32:
+        return cpu.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+    out: Tensor = fc2(F.gelu(fc1(x)))
+    return out
+
+
+class MaskedBias:
+    """Bias of each pattern of windows: ``masks(bias)`` gives (start, stop, bias [h, L, L] plus its mask)."""
+
+    def __init__(self, window: Triple, patterns: tuple[MaskPattern, ...]) -> None:
+        self.window = window
+        self.patterns = patterns
+
+    def __call__(self, bias: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        for pattern in self.patterns:
+            masked = bias
+            if any(pattern.cut):
+                masked = bias + region_mask(self.window, pattern.cut, bias.device, bias.dtype)
+            yield pattern.start, pattern.stop, masked
+
+
+def window_attention(qkv: Tensor, bias: Tensor, heads: int, masks: MaskedBias) -> Tensor:
+    """Attention inside each window. qkv [nWB, L, 3C], bias [h, L, L] -> [nWB, L, C].
+
+    Windows of one mask pattern are neighbours, so each pattern takes one call with one [h, L, L] mask.
+    """
+    if cpu.usable(qkv, torch.float32, torch.float64) and bias.dtype == qkv.dtype:
+        return cpu.attention(qkv, bias, heads, masks)
+    count, length, channels = qkv.shape
+    q, k, v = qkv.view(count, length, 3, heads, channels // 3 // heads).permute(2, 0, 3, 1, 4)
+    parts = []
+    for start, stop, mask in masks(bias):
+        rows = slice(start, stop)
+        out = F.scaled_dot_product_attention(q[rows], k[rows], v[rows], attn_mask=mask[None])
+        parts.append(out.transpose(1, 2))  # [n, L, h, d]
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return joined.reshape(count, length, channels // 3)

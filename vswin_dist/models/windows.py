@@ -1,0 +1,156 @@
+"""Where the windows lie: one plan per token grid, holding every permutation and mask region it needs.
+
+Shapes: T, H, W = extent of the token grid; N = T*H*W tokens; L = tokens of one window; nW = windows.
+Source: Video Swin paper, section 3.2 (3D shifted windows) and the published code for padding and clamping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+Triple = tuple[int, int, int]
+
+MASK_VALUE = -100.0  # between regions of a shifted window, as published
+
+
+@dataclass(frozen=True)
+class MaskPattern:
+    """Windows ``start`` to ``stop`` of a plan, which all have the same regions.
+
+    ``cut`` says for each axis where, inside the window, a second region starts; 0 where there is only one.
+    """
+
+    start: int
+    stop: int
+    cut: Triple
+
+
+class WindowPlan:
+    """Partition, shift and padding of one grid as a single permutation and its inverse.
+
+    Windows are ordered so that those with equal masks are neighbours: at most eight patterns, each a slice.
+    """
+
+    def __init__(self, grid: Triple, window: Triple, shift: Triple) -> None:
+        self.grid = grid
+        self.window, self.shift = clamp(grid, window, shift)
+        self.padded: Triple = tuple(-(-n // w) * w for n, w in zip(grid, self.window, strict=True))  # type: ignore[assignment]
+        self.tokens = grid[0] * grid[1] * grid[2]
+        self.length = self.window[0] * self.window[1] * self.window[2]
+        self.windows = self.padded[0] * self.padded[1] * self.padded[2] // self.length
+        self.has_padding = self.padded != grid
+        self.gather, self.patterns = self._order()
+
+    def _order(self) -> tuple[Tensor, tuple[MaskPattern, ...]]:
+        """Token at each place of each window (N = padding): int64 [nW, L], and the patterns of its rows."""
+        axes = []
+        for n, p, s in zip(self.grid, self.padded, self.shift, strict=True):
+            place = (torch.arange(p) + s) % p  # the shifted grid reads `s` further on
+            axes.append(torch.where(place < n, place, -1))
+        t, h, w = torch.meshgrid(*axes, indexing="ij")
+        token = (t * self.grid[1] + h) * self.grid[2] + w
+        token[(t < 0) | (h < 0) | (w < 0)] = self.tokens
+        counts = [p // w for p, w in zip(self.padded, self.window, strict=True)]
+        split = [size for pair in zip(counts, self.window, strict=True) for size in pair]
+        rows = token.view(split).permute(0, 2, 4, 1, 3, 5).reshape(self.windows, self.length)
+        # Only the last window along a shifted axis holds two regions.
+        last = [(torch.arange(c) == c - 1) & (s > 0) for c, s in zip(counts, self.shift, strict=True)]
+        a, b, c = torch.meshgrid(*last, indexing="ij")
+        code = (a.long() * 4 + b.long() * 2 + c.long()).reshape(-1)
+        order = torch.argsort(code, stable=True)
+        patterns, start = [], 0
+        for value, count in zip(*torch.unique(code, return_counts=True), strict=True):
+            bits = (int(value) >> 2 & 1, int(value) >> 1 & 1, int(value) & 1)
+            cut = tuple((w - s) * bit for w, s, bit in zip(self.window, self.shift, bits, strict=True))
+            patterns.append(MaskPattern(start, start + int(count), cut))  # type: ignore[arg-type]
+            start += int(count)
+        return rows[order], tuple(patterns)
+
+
+class BatchPlan:
+    """A `WindowPlan` for a batch of B clips on one device.
+
+    ``gather``: int64 [nW*B*L], row of the flat [B*N] tokens for each place, windows first, then clips;
+    a place of padding names row 0 and is listed in ``padding`` (None where there is none).
+    ``scatter``: int64 [B*N], its inverse.
+    """
+
+    def __init__(self, plan: WindowPlan, batch: int, device: torch.device) -> None:
+        self.plan = plan
+        self.batch = batch
+        rows = plan.gather[:, None, :]  # [nW, 1, L]
+        real = rows < plan.tokens
+        full = torch.where(real, rows + torch.arange(batch)[:, None] * plan.tokens, -1).reshape(-1)
+        inverse = torch.empty(batch * plan.tokens, dtype=torch.int64)
+        places = torch.nonzero(full >= 0).squeeze(1)
+        inverse[full[places]] = places
+        padding = torch.nonzero(full < 0).squeeze(1)
+        self.gather = full.clamp(min=0).to(device)
+        self.scatter = inverse.to(device)
+        self.padding: Tensor | None = padding.to(device) if plan.has_padding else None
+        # Slices of the nW*B windows, with where the second region starts.
+        self.patterns = tuple(MaskPattern(p.start * batch, p.stop * batch, p.cut) for p in plan.patterns)
+
+
+@contextmanager
+def _plain_cpu() -> Iterator[None]:
+    """Cached tensors are made on the CPU, and usable in training even if first asked for in inference mode."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        yield
+
+
+def clamp(grid: Triple, window: Triple, shift: Triple) -> tuple[Triple, Triple]:
+    """Window and shift as used on a grid: a window axis not smaller than the grid's becomes it, unshifted."""
+    used = tuple(min(n, w) for n, w in zip(grid, window, strict=True))
+    moved = tuple(0 if n <= w else s for n, w, s in zip(grid, window, shift, strict=True))
+    return used, moved  # type: ignore[return-value]
+
+
+@lru_cache(maxsize=256)
+def window_plan(grid: Triple, window: Triple, shift: Triple) -> WindowPlan:
+    """The plan of a grid, cached. ``window`` and ``shift`` are the configured ones, clamped here."""
+    with _plain_cpu():
+        return WindowPlan(grid, window, shift)
+
+
+@lru_cache(maxsize=256)
+def batch_plan(grid: Triple, window: Triple, shift: Triple, batch: int, device: torch.device) -> BatchPlan:
+    """The plan of a grid for B clips on a device, cached, so that a steady step copies no index there."""
+    with _plain_cpu():
+        return BatchPlan(window_plan(grid, window, shift), batch, device)
+
+
+@lru_cache(maxsize=256)
+def region_mask(window: Triple, cut: Triple, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Additive mask of one pattern, [L, L]: 0 within a region, `MASK_VALUE` between regions."""
+    with _plain_cpu():
+        sides = [(torch.arange(w) >= c) & (c > 0) for w, c in zip(window, cut, strict=True)]
+        a, b, c = torch.meshgrid(*sides, indexing="ij")
+        region = (a.long() * 4 + b.long() * 2 + c.long()).reshape(-1)
+        mask = (region[:, None] != region[None, :]).to(dtype) * MASK_VALUE
+    return mask.to(device)
+
+
+@lru_cache(maxsize=64)
+def bias_index(window: Triple, used: Triple, indexing: str, device: torch.device) -> Tensor:
+    """Row of the bias table for each pair of tokens of a window, flat int64 [L*L].
+
+    ``window`` is the configured window, whose table has (2T-1)(2H-1)(2W-1) rows; ``used`` the clamped one.
+    ``offset`` takes the true offset between two tokens; ``official`` takes the first L rows and columns of
+    the full window's index, as the published code does (the same unless H or W is clamped).
+    """
+    with _plain_cpu():
+        span = [2 * w - 1 for w in window]
+        shape = used if indexing == "offset" else window
+        axes = torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij")
+        flat = torch.stack([axis.reshape(-1) for axis in axes])  # [3, L]
+        t, h, w = flat[:, :, None] - flat[:, None, :] + (torch.tensor(window) - 1)[:, None, None]
+        index: Tensor = (t * span[1] + h) * span[2] + w
+        length = used[0] * used[1] * used[2]
+        return index[:length, :length].reshape(-1).to(device)

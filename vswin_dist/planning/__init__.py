@@ -1,0 +1,1 @@
+"""What a training needs, and whether it can run, before anything is started."""

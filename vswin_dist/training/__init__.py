@@ -1,0 +1,1 @@
+"""Training: launch (Ray Train) -> loop -> engine (DeepSpeed), and the portable checkpoints."""

@@ -1,0 +1,224 @@
+"""Ray Train: the driver's part of a training. The only module of this package that imports Ray.
+
+`train` checks everything, opens the MLflow run, starts the ranks and registers the best checkpoint. A lost worker
+restarts the ranks within one submission; submitting the same `run.name` again resumes across submissions.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vswin_dist import storage
+from vswin_dist.config import Settings, to_flat
+from vswin_dist.errors import PreflightError, WorkFailed
+from vswin_dist.evaluation.evaluate import Rank
+from vswin_dist.evaluation.metrics import Scores
+from vswin_dist.evaluation.score_model import Request, check, score_on_rank
+from vswin_dist.tracking import provenance, registry, run
+from vswin_dist.training import checkpoint, identity, loop
+from vswin_dist.training.optim import groups_table
+from vswin_dist.training.prepared import Prepared
+
+# Ray Train hands these on to the ranks. The first bounds how late a dead rank is seen; without the second, what a rank
+# prints appears twice.
+WORKER_ENV = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the ranks of a Ray Train job get."""
+
+    workers: int
+    use_gpu: bool
+    cpus_per_worker: float
+    max_failures: int
+
+
+def connect() -> None:
+    """Join the Ray cluster of ``RAY_ADDRESS`` or of this job; without one, start Ray on this machine."""
+    import ray
+
+    os.environ.update(WORKER_ENV)
+    if not ray.is_initialized():
+        ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=True, include_dashboard=False)
+
+
+def check_resources(resources: Resources) -> None:
+    """Refuse a number of ranks that the cluster can never hold.
+
+    Raises:
+        PreflightError: fewer CPUs or GPUs than asked for.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    need = {"CPU": resources.workers * resources.cpus_per_worker}
+    if resources.use_gpu:
+        need["GPU"] = resources.workers
+    for kind, amount in need.items():
+        if have.get(kind, 0) < amount:
+            raise PreflightError(f"training.workers={resources.workers} needs {amount:g} {kind}s, the Ray cluster has "
+                                 f"{have.get(kind, 0):g}. Lower training.workers, or add nodes.")
+
+
+def run_ranks(worker: Callable[[dict[str, Any]], None], config: dict[str, Any], resources: Resources, name: str,
+              root: str) -> dict[str, Any]:
+    """Run `worker(config)` on every rank with torch.distributed up; returns the metrics that were reported last.
+
+    Args:
+        worker: a function of an importable module.
+        root: URL where Ray keeps its own small state; every node must reach it.
+
+    Raises:
+        WorkFailed: a rank failed more often than allowed.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    path, filesystem = _ray_storage(storage.join(root, "ray"))
+    each = {"CPU": resources.cpus_per_worker} | ({"GPU": 1} if resources.use_gpu else {})
+    trainer = TorchTrainer(
+        worker, train_loop_config=config,
+        scaling_config=ScalingConfig(num_workers=resources.workers, use_gpu=resources.use_gpu,
+                                     resources_per_worker=each),
+        torch_config=TorchConfig(backend=None, timeout_s=1800),
+        run_config=RunConfig(name=f"{name}-{uuid.uuid4().hex[:8]}", storage_path=path, storage_filesystem=filesystem,
+                             failure_config=FailureConfig(max_failures=resources.max_failures)))
+    try:
+        return dict(trainer.fit().metrics or {})
+    except Exception as error:
+        cause = str(error).strip().splitlines() or [type(error).__name__]
+        raise WorkFailed(f"{name}: a worker failed: {cause[-1]} (full trace above)") from error
+
+
+def _ray_storage(url: str) -> tuple[str, Any]:
+    """(path, pyarrow file system or None) for Ray: its own S3 client fails against other endpoints than AWS."""
+    if storage.is_local(url):
+        return url, None
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    filesystem, path = storage.filesystem(url)
+    return path, PyFileSystem(FSSpecHandler(filesystem))
+
+
+def this_rank() -> Rank:
+    """The calling Ray Train worker's rank, world size and device."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+        torch.set_num_threads(max(threads, 1))
+    return Rank(context.get_world_rank(), context.get_world_size(), device)
+
+
+def report(metrics: dict[str, float], checkpoint_url: str | None) -> None:
+    """Tell Ray of a checkpoint; every rank calls it. Ray's own only names ours."""
+    import ray.train
+
+    if checkpoint_url is None:
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "portable_checkpoint.txt").write_text(checkpoint_url)
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """What Ray Train runs on every rank."""
+    storage.use_s3_endpoint(config["settings"]["storage.s3_endpoint"])
+    loop.train(loop.Job(**config), this_rank(), report)
+
+
+def train(s: Settings, recipe_text: str, prepared: Prepared) -> dict[str, Any]:
+    """Train `s` to its end and register the best checkpoint as champion.
+
+    Returns:
+        run_id, checkpoint (URL of the best), model (``models:/NAME/VERSION``), step and the metrics of the best.
+
+    Raises:
+        PreflightError: the cluster is too small. WorkFailed: the ranks failed; submitting again resumes from the last
+            checkpoint.
+    """
+    connect()
+    resources = Resources(s.training.workers, s.training.use_gpu, s.training.cpus_per_worker, s.training.max_failures)
+    check_resources(resources)
+    uri, root = prepared.tracking_uri, prepared.root
+    run_id = run.open_run(uri, s.tracking.experiment, s.run.name, prepared.resumes.run_id if prepared.resumes else None)
+    mine = identity.Identity(run_id, prepared.train.fingerprint, to_flat(s), finished=False, step=0)
+    identity.write_identity(root, mine)
+    lineage = record_start(s, recipe_text, prepared, run_id)
+    checkpoints = storage.join(root, run_id)
+    job = loop.Job(to_flat(s), checkpoints, run_id, uri, lineage)
+    try:
+        run_ranks(train_worker, vars(job), resources, s.run.name, root)
+        best = checkpoint.best(checkpoint.list_checkpoints(checkpoints))
+        assert best, "a training that ended has a checkpoint"
+        name = s.tracking.register_as or s.run.name
+        scores = {k.removeprefix("val/"): round(v, 4) for k, v in best.position.metrics.items()}
+        version = registry.register_model(uri, name, best.url, alias="champion", run_id=run_id,
+                                          tags=lineage | {"step": best.position.step} | scores)
+    except BaseException:
+        run.end_run(uri, run_id, "FAILED")
+        raise
+    run.end_run(uri, run_id, "FINISHED")
+    done = checkpoint.list_checkpoints(checkpoints)[-1].position.step
+    identity.write_identity(root, replace(mine, finished=True, step=done))
+    return {"run_id": run_id, "checkpoint": best.url, "model": f"models:/{name}/{version}",
+            "step": best.position.step, **best.position.metrics}
+
+
+def record_start(s: Settings, recipe_text: str, prepared: Prepared, run_id: str) -> dict[str, Any]:
+    """Log everything that is known before the first step; returns the lineage that models of this run carry."""
+    start = s.model.init
+    if start and registry.is_reference(start):
+        start = registry.find_version(prepared.tracking_uri, start).uri
+    lineage = {"dataset_fingerprint": prepared.train.fingerprint, "initialised_from": start, "training_run": run_id,
+               "source_commit": provenance.source_version(Path(__file__).parents[2]), "recipe": s.recipe}
+    datasets = [run.DatasetRecord(prepared.train.name, prepared.train.fingerprint, s.data.train, "training",
+                                  prepared.train.counts)]
+    if prepared.val and s.data.val:
+        datasets.append(run.DatasetRecord(prepared.val.name, prepared.val.fingerprint, s.data.val, "validation",
+                                          prepared.val.counts))
+    files = {"parameter_groups.md": groups_table(prepared.groups, s.optim.lr)}
+    if prepared.load_report:
+        files["load_report.txt"] = prepared.load_report
+    run.log_start(prepared.tracking_uri, run_id, settings=to_flat(s), recipe=recipe_text,
+                  source=str(lineage["source_commit"]), world_size=s.training.workers, datasets=datasets, files=files)
+    return lineage
+
+
+def score(request: Request, ranks: int, use_gpu: bool) -> Scores:
+    """Score a model on `ranks` processes; a single one without a GPU request runs in this process, without Ray.
+
+    Raises:
+        CheckpointError, DataError: model and data do not fit. PreflightError: the cluster is too small.
+        WorkFailed: a rank failed.
+    """
+    check(request)
+    if ranks == 1 and not use_gpu:
+        return score_on_rank(request, Rank(0, 1, torch.device("cpu")))
+    connect()
+    resources = Resources(ranks, use_gpu, 1.0, max_failures=0)
+    check_resources(resources)
+    root = storage.join(str(storage.home()), "evaluations")
+    return Scores(**run_ranks(score_worker, {"request": request}, resources, "evaluate", root)["scores"])
+
+
+def score_worker(config: dict[str, Any]) -> None:
+    """What Ray Train runs on every rank to score a model."""
+    scores = score_on_rank(config["request"], this_rank())
+    with tempfile.TemporaryDirectory() as folder:  # Ray keeps metrics only beside a checkpoint
+        import ray.train
+
+        ray.train.report({"scores": asdict(scores)}, checkpoint=ray.train.Checkpoint.from_directory(folder))

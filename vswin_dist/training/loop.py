@@ -1,0 +1,207 @@
+"""The training loop of one rank; read it top to bottom.
+
+Shapes: B micro-batch of a rank, T frames, H x W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from vswin_dist.config import Settings, from_flat
+from vswin_dist.data.loader import Batch, train_batches
+from vswin_dist.data.plan import Plan, check_batch
+from vswin_dist.data.transforms import normalise
+from vswin_dist.evaluation.evaluate import Rank, Views, evaluate
+from vswin_dist.manifest import Manifest, read_manifest
+from vswin_dist.models.stochastic import sample_keys
+from vswin_dist.serving.export import ModelCard, preprocessing_of
+from vswin_dist.tracking.metrics import MetricLogger
+from vswin_dist.training import checkpoint
+from vswin_dist.training.checkpoint import Position
+from vswin_dist.training.engine import Engine
+from vswin_dist.training.optim import learning_rate_factor, parameter_groups
+from vswin_dist.training.start import initial_model
+
+LOG_EVERY = 10  # steps whose figures are fetched from the device and sent together
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver hands to every rank: plain values, so that Ray can ship them."""
+
+    settings: dict[str, Any]  # flat
+    root: str  # URL of this run's checkpoints
+    run_id: str
+    tracking_uri: str
+    lineage: dict[str, Any] = field(default_factory=dict)
+
+
+Report = Callable[[dict[str, float], str | None], None]  # metrics, URL of the checkpoint
+
+
+def train(job: Job, rank: Rank, report: Report) -> None:
+    """Train from the last checkpoint of `job` (or its start) to its end; called on every rank."""
+    s = from_flat(job.settings)
+    manifest = read_manifest(s.data.train)
+    val = read_manifest(s.data.val) if s.data.val else None
+    plan = Plan(manifest.fingerprint, len(manifest.samples), s.run.seed, s.training.global_batch)
+    accumulation = check_batch(s.training.global_batch, rank.world, s.training.micro_batch)
+    total = plan.steps_per_epoch * s.training.epochs
+    last = min(total, s.training.max_steps or total)
+
+    model, _ = initial_model(s, len(manifest.classes), job.tracking_uri)
+    engine = Engine(model, parameter_groups(model.named_parameters(), s.optim), s.training, s.optim, accumulation,
+                    rank.device)
+    start = restore(engine, job.root)
+    logger = MetricLogger(job.tracking_uri, job.run_id) if rank.rank == 0 else None
+    if rank.rank == 0:
+        print(f"{len(manifest.samples)} samples, {plan.steps_per_epoch} steps an epoch, {plan.left_out} left out of "
+              f"each; {rank.world} ranks x {s.training.micro_batch} x {accumulation}; steps {start}..{last}", flush=True)
+
+    batches = train_batches(manifest, s.data, plan, range(start, last), rank.rank, rank.world, s.training.micro_batch,
+                            pin=rank.device.type == "cuda")
+    pending: list[StepFigures] = []
+    for step in range(start, last):
+        factor = learning_rate_factor(step, plan.steps_per_epoch, s.training.epochs, s.optim)
+        rates = engine.set_learning_rate(factor)
+        pending.append(train_step(engine, batches, step, accumulation, s, rank))
+        pending[-1].values |= {f"lr/{g.label}": r for g, r in zip(engine.groups, rates, strict=True)}
+
+        done = step + 1
+        epoch_ends = done % plan.steps_per_epoch == 0
+        every = s.training.checkpoint_every or plan.steps_per_epoch
+        saving = done % every == 0 or done == last
+        if saving or epoch_ends or len(pending) == LOG_EVERY:
+            flush(pending, logger, rank, plan.steps_per_epoch, last)
+        metrics: dict[str, float] = {}
+        if val and (done == last or (epoch_ends and (done // plan.steps_per_epoch) % s.evaluation.every_epochs == 0)):
+            metrics = validate(engine, val, s, rank, logger, done)
+        if saving or metrics:
+            url = save(engine, job, s, manifest, plan, done, metrics, rank)
+            report({"step": done, "epoch": done / plan.steps_per_epoch, **metrics}, url)
+    report_memory(rank, logger, last)
+    if logger:
+        logger.close()
+
+
+def report_memory(rank: Rank, logger: MetricLogger | None, step: int) -> None:
+    """Print and log each rank's peak memory: of the device, or of the process where that is the CPU."""
+    if rank.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(rank.device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peaks: list[float] = [0.0] * rank.world
+    dist.all_gather_object(peaks, peak / 2**30)
+    if logger:
+        print(f"peak memory per rank: {', '.join(f'{p:.2f}' for p in peaks)} GiB", flush=True)
+        logger.log(step, {f"system/peak_memory_gib_rank_{r}": p for r, p in enumerate(peaks)})
+
+
+@dataclass
+class StepFigures:
+    """What is known of one step; the loss stays on the device until it is flushed."""
+
+    step: int
+    loss: torch.Tensor  # of this rank, mean over its micro-batches
+    seconds: float
+    values: dict[str, float]
+
+
+def train_step(engine: Engine, batches: Iterator[Batch], step: int, accumulation: int, s: Settings,
+               rank: Rank) -> StepFigures:
+    """One optimizer step: `accumulation` micro-batches forward and backward, then the update."""
+    began, waited = time.perf_counter(), 0.0
+    loss_sum = torch.zeros((), device=rank.device)
+    for _ in range(accumulation):
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+        clips = normalise(batch["clips"].to(rank.device, non_blocking=True), s.data.mean, s.data.std,
+                          engine.input_dtype)  # [B, 3, T, H, W]
+        labels = batch["labels"].to(rank.device, non_blocking=True)  # [B]
+        keys = sample_keys(s.run.seed, step, batch["indices"]).to(rank.device)
+        logits = engine.forward(clips, keys)  # [B, K]
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=s.optim.label_smoothing)
+        engine.backward(loss)
+        engine.step()
+        loss_sum += loss.detach()
+    seconds = time.perf_counter() - began
+    return StepFigures(step, loss_sum / accumulation, seconds, {
+        "train/grad_norm": engine.gradient_norm(), "train/clips_per_second": s.training.global_batch / seconds,
+        "train/data_wait_share": waited / seconds})
+
+
+def flush(pending: list[StepFigures], logger: MetricLogger | None, rank: Rank, steps_per_epoch: int, last: int) -> None:
+    """Average the pending losses over the ranks in one operation; rank 0 logs them. Empties `pending`."""
+    losses = torch.stack([f.loss for f in pending])
+    if rank.world > 1:
+        dist.all_reduce(losses)
+        losses /= rank.world
+    if logger:
+        for figures, loss in zip(pending, losses.tolist(), strict=True):
+            done = figures.step + 1
+            logger.log(done, {"train/loss": loss, "epoch": done / steps_per_epoch, **figures.values})
+        done = pending[-1].step + 1
+        seconds = sum(f.seconds for f in pending) / len(pending)
+        clips = pending[0].values["train/clips_per_second"] * pending[0].seconds / seconds
+        wait = sum(f.values["train/data_wait_share"] for f in pending) / len(pending)
+        print(f"step {done}/{last}  loss {losses.mean():.4f}  {clips:.1f} clips/s  data wait {wait:.0%}  "
+              f"about {seconds * (last - done):.0f} s left", flush=True)
+    pending.clear()
+
+
+def validate(engine: Engine, val: Manifest, s: Settings, rank: Rank, logger: MetricLogger | None,
+             step: int) -> dict[str, float]:
+    """Score the validation set with the current weights; the same metrics on every rank."""
+    assert s.data.val
+    views = Views(s.evaluation.clips, s.evaluation.crops, s.evaluation.batch)
+    with engine.full_module() as module:
+        scores = evaluate(module, val, s.data.val, s.data, views, rank, engine.input_dtype)
+    if logger:
+        logger.log(step, scores.metrics())
+        print(f"step {step}: {scores}", flush=True)
+    return scores.metrics()
+
+
+def save(engine: Engine, job: Job, s: Settings, manifest: Manifest, plan: Plan, step: int,
+         metrics: dict[str, float], rank: Rank) -> str | None:
+    """Write the checkpoint of `step`; every rank takes part, rank 0 writes and returns its URL."""
+    first = rank.rank == 0
+    weights = {n: t.cpu().clone() for n, t in engine.weights() if first}
+    moments = {n: t.cpu().clone() for n, t in engine.moments() if first}
+    url = None
+    if first:
+        epoch, within = divmod(step, plan.steps_per_epoch)
+        position = Position(
+            step=step, epoch=epoch, samples_into_epoch=within * plan.global_batch, run_id=job.run_id,
+            fingerprint=manifest.fingerprint, settings=job.settings, metrics=metrics,
+            groups=[{"label": g.label, "lr_factor": g.lr_factor, "weight_decay": g.weight_decay, "names": g.names}
+                    for g in engine.groups])
+        card = ModelCard(dict(engine.module.settings),  # type: ignore[arg-type]
+                         manifest.classes, preprocessing_of(s.data),
+                         job.lineage | {"step": step, **metrics})
+        url = checkpoint.save(job.root, position, weights, moments, card)
+        checkpoint.prune(job.root, s.training.keep_checkpoints)
+    if rank.world > 1:
+        dist.barrier()
+    return url
+
+
+def restore(engine: Engine, root: str) -> int:
+    """Load the newest checkpoint below `root` into the engine; returns the steps done (0 where there is none)."""
+    found = checkpoint.list_checkpoints(root)
+    if not found:
+        return 0
+    newest = found[-1]
+    engine.load_weights(checkpoint.load_tensors(newest.url, checkpoint.MODEL))
+    engine.load_moments(checkpoint.load_tensors(newest.url, checkpoint.OPTIMIZER), newest.position.step)
+    print(f"resumed from {newest.url}", flush=True)
+    return newest.position.step

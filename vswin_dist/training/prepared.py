@@ -1,0 +1,40 @@
+"""A training that passed every check: what `planning.preflight` finds and `launch.train` starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vswin_dist.config import Settings
+from vswin_dist.data.plan import Plan
+from vswin_dist.manifest import Manifest
+from vswin_dist.training.identity import Identity
+from vswin_dist.training.optim import ParameterGroup, groups_table
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A training that can start, and its plan in figures."""
+
+    tracking_uri: str
+    root: str  # URL of ROOT/RUN
+    resumes: Identity | None  # the training that this submission continues
+    train: Manifest
+    val: Manifest | None
+    plan: Plan
+    accumulation: int
+    parameters: int
+    groups: list[ParameterGroup]
+    load_report: str
+
+    def summary(self, s: Settings) -> str:
+        """The plan as text, for people."""
+        steps = self.plan.steps_per_epoch
+        val = f"{len(self.val.samples)} videos" if self.val else "none"
+        return "\n".join([
+            f"training {s.run.name!r}: {s.model.name}, {self.parameters:,} parameters, {len(self.train.classes)} classes",
+            f"data: {len(self.train.samples)} videos ({self.train.fingerprint}), validation {val}",
+            f"batch: {s.training.workers} ranks x micro-batch {s.training.micro_batch} x accumulation "
+            f"{self.accumulation} = {s.training.global_batch}",
+            f"steps: {steps} an epoch x {s.training.epochs} epochs = {steps * s.training.epochs}; "
+            f"{self.plan.left_out} samples left out of each epoch",
+            groups_table(self.groups, s.optim.lr)])
