@@ -22,7 +22,12 @@ KEYS: dict[str, Any] = {
     f"{group}.{key}": hint for group, cls in GROUPS.items() for key, hint in typing.get_type_hints(cls).items()
 }
 CHOICES = {
-    "data.sampling": ("dense", "uniform"),
+    "data.sampling": ("dense", "uniform", None),
+    "data.flip_labels": ("mirror", "keep"),
+    "data.balance": ("none", "class"),
+    "data.pixel_format": ("rgb", "yuv"),
+    "optim.param_groups": ("clean", "official", "mmaction2"),
+    "optim.schedule": ("step", "epoch"),
     "training.precision": ("bf16", "fp32"),
     "training.zero_stage": (0, 1, 2, 3),
     "model.inflate_embedding": ("inflate", "centre"),
@@ -35,7 +40,7 @@ AT_LEAST_ONE = (
     "data.frames", "data.stride", "data.size", "data.short_side", "training.workers", "training.epochs",
     "training.max_steps", "training.global_batch", "training.micro_batch", "training.checkpoint_every",
     "training.keep_checkpoints", "evaluation.every_epochs", "evaluation.clips", "evaluation.crops",
-    "evaluation.batch", "data.prefetch",
+    "evaluation.batch", "data.prefetch", "data.repeats",
 )
 
 

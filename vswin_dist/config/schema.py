@@ -37,7 +37,8 @@ class ModelSettings:
 class DataSettings:
     train: str  # URL of the shards' folder or manifest
     val: str | None = None  # evaluated during training; None: no evaluation, the last checkpoint is registered
-    sampling: str = "dense"  # dense: `frames` frames `stride` apart | uniform: one frame of each equal segment
+    sampling: str | None = None  # dense: `frames` frames `stride` apart | uniform: one frame of each equal segment;
+    # None: as the training set's manifest says
     frames: int = 32  # of a clip
     stride: int = 2  # frames from one to the next (dense)
     size: int = 224  # pixels of the square crop
@@ -45,10 +46,23 @@ class DataSettings:
     crop_scale: tuple[float, ...] = (0.08, 1.0)  # share of the frame's area that a training crop takes
     crop_ratio: tuple[float, ...] = (0.75, 1.3333)  # width / height of a training crop
     flip: float = 0.5  # probability of a horizontal flip in training
+    flip_labels: str = "mirror"  # mirror: a flipped left/right class becomes its counterpart, or is not flipped | keep
+    rand_augment_ops: int = 0  # RandAugment: operations on each clip; 0: none
+    rand_augment_magnitude: int = 7  # of each operation, 0 to 10
+    erasing: float = 0.0  # probability that a box of a training clip is erased
+    mixup: float = 0.0  # alpha of the Beta distribution; 0: none
+    cutmix: float = 0.0  # alpha of the Beta distribution; 0: none. With mixup, each pair takes one or the other
+    subset: float = 1.0  # share of the training samples that is used, the same in every epoch
+    classes: tuple[str, ...] | None = None  # train on these classes of the set alone; None: all
+    balance: str = "none"  # none: each sample once an epoch | class: classes equally often
+    repeats: int = 1  # repeated augmentation: times that each sample stands in its global batch
     mean: tuple[float, ...] = (123.675, 116.28, 103.53)  # of RGB in 0..255, subtracted
     std: tuple[float, ...] = (58.395, 57.12, 57.375)  # divided by
     workers: int = 2  # decoding processes of each rank; 0 decodes in the training process
     prefetch: int = 4  # batches that each of them prepares ahead
+    pixel_format: str = "rgb"  # rgb | yuv: planes go to the device (half the bytes) and become RGB there, in batches
+    cache_gb: float = 0.0  # of whole shards kept on each node's local disk; 0: samples are read by their offsets
+    max_bad_samples: float = 0.01  # share of the samples read that may fail to decode before the training stops
 
 
 @dataclass(frozen=True)
@@ -71,11 +85,13 @@ class TrainingSettings:
 class OptimSettings:
     lr: float = 1e-3  # of the head, at its peak
     backbone_ratio: float = 0.1  # the backbone's learning rate / the head's
+    param_groups: str = "clean"  # clean | official | mmaction2: which tensors are decayed and slowed
     weight_decay: float = 0.05
     betas: tuple[float, ...] = (0.9, 0.999)
     eps: float = 1e-8
     warmup_epochs: float = 2.5
     warmup_start: float = 0.1  # first learning rate / peak
+    schedule: str = "step"  # cosine goes down at every step | epoch: at every epoch, as published
     gradient_clipping: float = 0.0  # of the global norm; 0: none
     label_smoothing: float = 0.0
 
