@@ -96,3 +96,20 @@ def test_a_killed_rank_is_restarted_within_the_submission(line: Line, undisturbe
     assert process.returncode == 0, output[-5000:]
     assert "resumed from" in output
     assert line.losses("rank") == pytest.approx(undisturbed, abs=1e-5)
+
+
+def test_a_stopped_job_ends_its_ranks_and_its_run(line: Line) -> None:
+    """SIGTERM is what `ray job stop` and a batch system send."""
+    process = line.start("train", "--recipe", "demo", "run.name=stopped", *line.sets(), *SMALL, *EVERY_STEP,
+                         "training.epochs=400")
+    try:
+        wait_for(lambda: committed(line.home, "stopped", 2), process)
+        ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if is_rank(p)]
+        process.terminate()
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130 and output.splitlines()[-1] == "error: interrupted", output[-3000:]
+    assert not psutil.wait_procs(ranks, timeout=30)[1]
+    assert line.run_of("stopped").info.status == "KILLED"

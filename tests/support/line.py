@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data_prep.cli import main as data_prep_main
 from infra.local import motions
@@ -83,14 +84,20 @@ class Line:
         """Train swin_nano for six steps as `name`."""
         return self.run("train", "--recipe", "demo", f"run.name={name}", *self.sets(), *SMALL, *settings, code=code)
 
-    def losses(self, name: str, uri: str | None = None) -> dict[int, float]:
-        """step -> loss in the one MLflow run called `name`; fails where there are two, or a step stands twice."""
+    def run_of(self, name: str, uri: str | None = None) -> Any:
+        """The one MLflow run called `name`; fails where there are two."""
         from mlflow import MlflowClient
 
         client = MlflowClient(uri or self.uri)
         experiment = client.get_experiment_by_name("vswin")
         runs = client.search_runs([experiment.experiment_id], f"tags.mlflow.runName = '{name}'")
         assert len(runs) == 1, f"{len(runs)} runs are called {name}"
-        history = client.get_metric_history(runs[0].info.run_id, "train/loss")
+        return runs[0]
+
+    def losses(self, name: str, uri: str | None = None) -> dict[int, float]:
+        """step -> loss in the one MLflow run called `name`; fails where a step stands twice."""
+        from mlflow import MlflowClient
+
+        history = MlflowClient(uri or self.uri).get_metric_history(self.run_of(name, uri).info.run_id, "train/loss")
         assert len({m.step for m in history}) == len(history), "a step was logged twice"
         return {m.step: m.value for m in history}

@@ -6,10 +6,13 @@ restarts the ranks within one submission; submitting the same `run.name` again r
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,13 +45,22 @@ class Resources:
     max_failures: int
 
 
-def connect() -> None:
-    """Join the Ray cluster of ``RAY_ADDRESS`` or of this job; without one, start Ray on this machine."""
+@contextmanager
+def cluster() -> Iterator[None]:
+    """Join the Ray cluster of ``RAY_ADDRESS`` or of this job; without one, start Ray on this machine, and end it."""
     import ray
 
     os.environ.update(WORKER_ENV)
-    if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=True, include_dashboard=False)
+    mine = not ray.is_initialized()
+    if mine:
+        ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=True, include_dashboard=True)
+        # `ray job stop` and batch systems send SIGTERM. Ray's handler of it aborts the process; that of SIGINT is orderly.
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        if mine:
+            ray.shutdown()
 
 
 def check_resources(resources: Resources) -> None:
@@ -78,7 +90,7 @@ def run_ranks(worker: Callable[[dict[str, Any]], None], config: dict[str, Any], 
         root: URL where Ray keeps its own small state; every node must reach it.
 
     Raises:
-        WorkFailed: a rank failed more often than allowed.
+        WorkFailed: a rank failed more often than allowed. KeyboardInterrupt: the job was stopped.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -94,6 +106,8 @@ def run_ranks(worker: Callable[[dict[str, Any]], None], config: dict[str, Any], 
                              failure_config=FailureConfig(max_failures=resources.max_failures)))
     try:
         return dict(trainer.fit().metrics or {})
+    except SystemExit as stop:  # how Ray answers SIGINT, with exit code 0
+        raise KeyboardInterrupt from stop
     except Exception as error:
         cause = str(error).strip().splitlines() or [type(error).__name__]
         raise WorkFailed(f"{name}: a worker failed: {cause[-1]} (full trace above)") from error
@@ -136,6 +150,7 @@ def report(metrics: dict[str, float], checkpoint_url: str | None) -> None:
 
 def train_worker(config: dict[str, Any]) -> None:
     """What Ray Train runs on every rank."""
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # two lines of it for every checkpoint and rank
     storage.use_s3_endpoint(config["settings"]["storage.s3_endpoint"])
     loop.train(loop.Job(**config), this_rank(), report)
 
@@ -150,7 +165,11 @@ def train(s: Settings, recipe_text: str, prepared: Prepared) -> dict[str, Any]:
         PreflightError: the cluster is too small. WorkFailed: the ranks failed; submitting again resumes from the last
             checkpoint.
     """
-    connect()
+    with cluster():
+        return _train(s, recipe_text, prepared)
+
+
+def _train(s: Settings, recipe_text: str, prepared: Prepared) -> dict[str, Any]:
     resources = Resources(s.training.workers, s.training.use_gpu, s.training.cpus_per_worker, s.training.max_failures)
     check_resources(resources)
     uri, root = prepared.tracking_uri, prepared.root
@@ -168,8 +187,8 @@ def train(s: Settings, recipe_text: str, prepared: Prepared) -> dict[str, Any]:
         scores = {k.removeprefix("val/"): round(v, 4) for k, v in best.position.metrics.items()}
         version = registry.register_model(uri, name, best.url, alias="champion", run_id=run_id,
                                           tags=lineage | {"step": best.position.step} | scores)
-    except BaseException:
-        run.end_run(uri, run_id, "FAILED")
+    except BaseException as error:
+        run.end_run(uri, run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     run.end_run(uri, run_id, "FINISHED")
     done = checkpoint.list_checkpoints(checkpoints)[-1].position.step
@@ -208,11 +227,11 @@ def score(request: Request, ranks: int, use_gpu: bool) -> Scores:
     check(request)
     if ranks == 1 and not use_gpu:
         return score_on_rank(request, Rank(0, 1, torch.device("cpu")))
-    connect()
-    resources = Resources(ranks, use_gpu, 1.0, max_failures=0)
-    check_resources(resources)
-    root = storage.join(str(storage.home()), "evaluations")
-    return Scores(**run_ranks(score_worker, {"request": request}, resources, "evaluate", root)["scores"])
+    with cluster():
+        resources = Resources(ranks, use_gpu, 1.0, max_failures=0)
+        check_resources(resources)
+        root = storage.join(str(storage.home()), "evaluations")
+        return Scores(**run_ranks(score_worker, {"request": request}, resources, "evaluate", root)["scores"])
 
 
 def score_worker(config: dict[str, Any]) -> None:
