@@ -136,8 +136,9 @@ def comparison(trials: Sequence[Trial], classes: int = CLASSES) -> str:
         lines.append(f"| {s.run.name} | {mine} | {row.top1} / {row.top5} | {macs:.3g} | {row.gmacs or '-'} "
                      f"| {models.count_parameters(model) / 1e6:.1f} | {row.mparams or '-'} |")
     e = trials[0].settings.evaluation
-    return "\n".join([*lines, "", f"Scores are of the validation set at {e.clips} clips x {e.crops} crops; published: "
-                      "Kinetics-400 at 4 x 3 (evaluation.clips=4 evaluation.crops=3)."])
+    note = (f"Scores are of the validation set at {e.clips} x {e.crops} views, published ones of Kinetics-400 at 4 x 3; "
+            f"parameters include a head of {classes} classes.")
+    return "\n".join([*lines, "", note])
 
 
 def log(trials: Sequence[Trial], text: str, train: Manifest) -> str:
