@@ -5,8 +5,8 @@ from __future__ import annotations
 from tests.support.line import SMALL, Line
 
 TINY = ("model.name=swin_nano", "data.frames=16", "data.stride=1", "data.size=32", "data.short_side=32",
-        "training.use_gpu=false", "training.cpus_per_worker=1", "training.precision=fp32", "training.global_batch=16",
-        "training.max_steps=1")
+        "training.workers=1", "training.use_gpu=false", "training.cpus_per_worker=1", "training.precision=fp32",
+        "training.global_batch=16", "training.max_steps=1")
 
 
 def test_a_row_is_trained_once_and_compared(line: Line) -> None:
