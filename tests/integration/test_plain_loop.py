@@ -14,7 +14,7 @@ STEPS = 50
 @pytest.mark.parametrize("stage", [2])
 def test_fifty_steps_have_the_losses_of_a_plain_loop(line: Line, stage: int) -> None:
     settings = [*SMALL, "training.epochs=20", f"training.max_steps={STEPS}", "training.checkpoint_every=50", "data.val=null",
-                f"training.zero_stage={stage}"]
+                "optim.warmup_epochs=4", f"training.zero_stage={stage}"]
     line.train("ranks", *settings)
     _, expected = plain.train(load_settings("demo", ["run.name=plain", *line.sets(), *settings]), STEPS)
     losses = line.losses("ranks")

@@ -16,8 +16,8 @@ from data_prep.cli import main as data_prep_main
 from infra.local import motions
 
 REPOSITORY = Path(__file__).parents[2]
-SMALL = ("training.workers=2", "training.epochs=2", "data.workers=0", "evaluation.every_epochs=2", "evaluation.batch=8",
-         "model.head_dropout=0.5", "model.drop_path_rate=0.2")
+SMALL = ("training.workers=2", "training.epochs=2", "optim.warmup_epochs=1", "data.workers=0", "evaluation.every_epochs=2",
+         "evaluation.batch=8", "model.head_dropout=0.5", "model.drop_path_rate=0.2")
 
 
 def make_shards(folder: Path, train: int = 52, val: int = 12) -> Path:

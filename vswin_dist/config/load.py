@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ CHOICES = {
     "training.zero_stage": (0, 1, 2, 3),
     "model.inflate_embedding": ("inflate", "centre"),
     "model.inflate_bias": ("duplicate", "centre"),
+    "model.attention_design": ("joint", "split", "factorized"),
+    "model.shift": ("3d", "spatial", "none"),
+    "model.bias_index": ("offset", "official"),
     "model.gradient_checkpointing": ("none", "block", "stage", "selective"),
 }
 REQUIRED = {f"{group}.{f.name}" for group, cls in GROUPS.items() for f in dataclasses.fields(cls)
@@ -40,8 +44,27 @@ AT_LEAST_ONE = (
     "data.frames", "data.stride", "data.size", "data.short_side", "training.workers", "training.epochs",
     "training.max_steps", "training.global_batch", "training.micro_batch", "training.checkpoint_every",
     "training.keep_checkpoints", "evaluation.every_epochs", "evaluation.clips", "evaluation.crops",
-    "evaluation.batch", "data.prefetch", "data.repeats",
+    "evaluation.batch", "data.prefetch", "data.repeats", "model.patch_size", "model.window_size",
 )
+# What is allowed, in words -> the test, and the settings that it holds for (each item of those that are lists).
+BOUNDS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
+    "1 or more": (lambda v: v >= 1, AT_LEAST_ONE),
+    "0 or more": (lambda v: v >= 0, (
+        "run.seed", "model.inflate_noise", "data.rand_augment_ops", "data.mixup", "data.cutmix", "data.workers",
+        "data.cache_gb", "training.max_failures", "optim.backbone_ratio", "optim.weight_decay", "optim.warmup_epochs",
+        "optim.gradient_clipping")),
+    "more than 0": (lambda v: v > 0, ("data.crop_ratio", "data.std", "training.cpus_per_worker", "optim.lr", "optim.eps")),
+    "from 0 to 1": (lambda v: 0 <= v <= 1, ("data.flip", "data.erasing", "data.max_bad_samples", "optim.warmup_start")),
+    "from 0 up to, not including, 1": (lambda v: 0 <= v < 1, (
+        "model.drop_path_rate", "model.head_dropout", "optim.betas", "optim.label_smoothing")),
+    "more than 0, up to 1": (lambda v: 0 < v <= 1, ("data.crop_scale", "data.subset")),
+    "from 0 to 10": (lambda v: 0 <= v <= 10, ("data.rand_augment_magnitude",)),
+    "a finite number": (math.isfinite, ("data.mean",)),
+}
+ALLOWED = {key: (words, holds) for words, (holds, keys) in BOUNDS.items() for key in keys}
+LENGTHS = {"data.crop_scale": 2, "data.crop_ratio": 2, "optim.betas": 2, "data.mean": 3, "data.std": 3,
+           "model.patch_size": 3, "model.window_size": 3}
+ORDERED = ("data.crop_scale", "data.crop_ratio")  # from the least to the most
 
 
 def recipe_names() -> list[str]:
@@ -71,7 +94,8 @@ def load_settings(recipe: str, overrides: Sequence[str] = ()) -> Settings:
     """Settings of a recipe with ``key=value`` overrides, the values read as YAML.
 
     Raises:
-        ConfigError: an unknown key (names the nearest), a value of the wrong type or out of range.
+        ConfigError: an unknown key (names the nearest), a value of the wrong type or out of its bounds, or values that
+            do not go together.
     """
     values = yaml.safe_load(recipe_text(recipe)) or {}
     if not isinstance(values, dict):
@@ -101,7 +125,9 @@ def from_flat(values: Mapping[str, Any], recipe: str = "") -> Settings:
         group, field = key.split(".", 1)
         if field not in groups[group]:
             raise ConfigError(f"{key} is not set: give {key}=...")
-    return Settings(**{group: cls(**groups[group]) for group, cls in GROUPS.items()}, recipe=recipe)
+    settings = Settings(**{group: cls(**groups[group]) for group, cls in GROUPS.items()}, recipe=recipe)
+    _check_together(settings)
+    return settings
 
 
 def to_flat(settings: Settings) -> dict[str, Any]:
@@ -141,10 +167,24 @@ def _check(key: str, value: Any) -> Any:
     if key in CHOICES and value not in CHOICES[key]:
         hint = nearest(str(value), [str(c) for c in CHOICES[key]])
         raise ConfigError(f"{key}={value!r}: expected one of {', '.join(map(str, CHOICES[key]))}.{hint}")
-    if key in AT_LEAST_ONE and value is not None and value < 1:
-        raise ConfigError(f"{key}={value!r}: expected 1 or more")
-    pair = {"data.crop_scale": 2, "data.crop_ratio": 2, "optim.betas": 2, "data.mean": 3, "data.std": 3,
-            "model.patch_size": 3, "model.window_size": 3}
-    if key in pair and value is not None and len(value) != pair[key]:
-        raise ConfigError(f"{key}={list(value)!r}: expected {pair[key]} values, got {len(value)}")
+    if value is None:
+        return value
+    shown = list(value) if isinstance(value, tuple) else value
+    if key in LENGTHS and len(value) != LENGTHS[key]:
+        raise ConfigError(f"{key}={shown!r}: expected {LENGTHS[key]} values, got {len(value)}")
+    if key in ALLOWED:
+        words, holds = ALLOWED[key]
+        if not all(math.isfinite(v) and holds(v) for v in (value if isinstance(value, tuple) else (value,))):
+            raise ConfigError(f"{key}={shown!r}: expected {words}")
+    if key in ORDERED and value[0] > value[1]:
+        raise ConfigError(f"{key}={shown!r}: the first is the least, the second the most")
+    if key == "data.classes" and not value:
+        raise ConfigError("data.classes=[] leaves nothing to train on: name classes, or null for all")
     return value
+
+
+def _check_together(s: Settings) -> None:
+    """Refuse values that are right alone and wrong together."""
+    if s.optim.warmup_epochs > s.training.epochs:
+        raise ConfigError(f"optim.warmup_epochs={s.optim.warmup_epochs:g} is longer than the training of "
+                          f"training.epochs={s.training.epochs}: lower the one or raise the other")

@@ -65,6 +65,16 @@ def to_resume(s: Settings, root: str, fingerprint: str, total_steps: int) -> Ide
     if known.finished and known.step >= min(total_steps, s.training.max_steps or total_steps):
         raise ConfigError(f"the training {s.run.name!r} is finished (MLflow run {known.run_id}, {known.step} steps): "
                           "give run.fresh=true to train again, or another run.name")
+    check_same(known, s, fingerprint)
+    return known
+
+
+def check_same(known: Identity, s: Settings, fingerprint: str) -> None:
+    """Refuse to take `s` on the data `fingerprint` for the training `known`.
+
+    Raises:
+        ConfigError: it was begun with other settings or data.
+    """
     if known.fingerprint != fingerprint:
         raise ConfigError(f"the training {s.run.name!r} was begun on data {known.fingerprint}, {s.data.train} is "
                           f"{fingerprint}: give another run.name, or run.fresh=true")
@@ -74,4 +84,3 @@ def to_resume(s: Settings, root: str, fingerprint: str, total_steps: int) -> Ide
     if differing:
         raise ConfigError(f"the training {s.run.name!r} was begun with other settings ({'; '.join(differing)}): "
                           "give another run.name, or run.fresh=true")
-    return known

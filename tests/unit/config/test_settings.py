@@ -1,5 +1,7 @@
 """Recipes, overrides and what is refused."""
 
+import re
+
 import pytest
 
 from vswin_dist.config import from_flat, load_settings, recipe_names, to_flat
@@ -35,11 +37,44 @@ def test_overrides_are_read_as_yaml() -> None:
     ("data.crop_scale=[1]", "data.crop_scale=[1.0]: expected 2 values, got 1"),
     ("model.window_size=7", "model.window_size=7: expected a list"),
     ("nonsense", "'nonsense' is no setting: write key=value"),
+    ("data.flip=1.5", "data.flip=1.5: expected from 0 to 1"),
+    ("data.erasing=-0.1", "data.erasing=-0.1: expected from 0 to 1"),
+    ("data.erasing=.nan", "data.erasing=nan: expected from 0 to 1"),
+    ("data.mixup=-1", "data.mixup=-1.0: expected 0 or more"),
+    ("data.subset=0", "data.subset=0.0: expected more than 0, up to 1"),
+    ("data.crop_scale=[0, 1]", "data.crop_scale=[0.0, 1.0]: expected more than 0, up to 1"),
+    ("data.crop_scale=[1, 0.5]", "data.crop_scale=[1.0, 0.5]: the first is the least"),
+    ("data.crop_ratio=[2, 0.5]", "data.crop_ratio=[2.0, 0.5]: the first is the least"),
+    ("data.rand_augment_magnitude=11", "data.rand_augment_magnitude=11: expected from 0 to 10"),
+    ("data.max_bad_samples=2", "data.max_bad_samples=2.0: expected from 0 to 1"),
+    ("data.classes=[]", "data.classes=[] leaves nothing to train on"),
+    ("data.std=[0, 1, 1]", "data.std=[0.0, 1.0, 1.0]: expected more than 0"),
+    ("model.window_size=[8, 0, 7]", "model.window_size=[8, 0, 7]: expected 1 or more"),
+    ("model.drop_path_rate=1", "model.drop_path_rate=1.0: expected from 0 up to, not including, 1"),
+    ("model.shift=3D", "Did you mean '3d'?"),
+    ("optim.betas=[0.9, 1]", "optim.betas=[0.9, 1.0]: expected from 0 up to, not including, 1"),
+    ("optim.lr=0", "optim.lr=0.0: expected more than 0"),
+    ("optim.lr=.inf", "optim.lr=inf: expected more than 0"),
+    ("optim.warmup_epochs=-1", "optim.warmup_epochs=-1.0: expected 0 or more"),
+    ("training.epochs=3", "optim.warmup_epochs=4 is longer than the training of training.epochs=3"),
 ])
 def test_bad_overrides_are_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_settings("demo", [*DATA, override])
     assert message in str(error.value)
+
+
+def test_a_warm_up_may_take_the_whole_training() -> None:
+    assert load_settings("demo", [*DATA, "training.epochs=4"]).optim.warmup_epochs == 4.0
+
+
+def test_every_number_has_bounds_and_every_bound_a_setting() -> None:
+    from vswin_dist.config.load import ALLOWED, BOUNDS, CHOICES, KEYS, LENGTHS
+
+    numbers = {key for key, hint in KEYS.items() if re.search(r"\b(int|float)\b", str(hint))}
+    assert numbers == ALLOWED.keys() | {"training.zero_stage"}
+    assert len(ALLOWED) == sum(len(keys) for _, keys in BOUNDS.values()), "a setting stands in two bounds"
+    assert CHOICES.keys() | LENGTHS.keys() <= KEYS.keys()
 
 
 def test_what_has_no_default_must_be_given() -> None:
