@@ -42,6 +42,10 @@ AT_LEAST_ONE = (
     "training.keep_checkpoints", "evaluation.every_epochs", "evaluation.clips", "evaluation.crops",
     "evaluation.batch", "data.prefetch", "data.repeats",
 )
+RANGES = {
+    "data.flip": (0, 1), "data.erasing": (0, 1), "data.rand_augment_magnitude": (0, 30), "optim.label_smoothing": (0, 1),
+    "data.rand_augment_ops": (0, float("inf")), "data.mixup": (0, float("inf")), "data.cutmix": (0, float("inf")),
+}
 
 
 def recipe_names() -> list[str]:
@@ -143,6 +147,9 @@ def _check(key: str, value: Any) -> Any:
         raise ConfigError(f"{key}={value!r}: expected one of {', '.join(map(str, CHOICES[key]))}.{hint}")
     if key in AT_LEAST_ONE and value is not None and value < 1:
         raise ConfigError(f"{key}={value!r}: expected 1 or more")
+    low, high = RANGES.get(key, (None, None))
+    if low is not None and high is not None and not low <= value <= high:
+        raise ConfigError(f"{key}={value!r}: expected {low} or more" + (f", {high} at most" if high < float("inf") else ""))
     pair = {"data.crop_scale": 2, "data.crop_ratio": 2, "optim.betas": 2, "data.mean": 3, "data.std": 3,
             "model.patch_size": 3, "model.window_size": 3}
     if key in pair and value is not None and len(value) != pair[key]:
