@@ -130,7 +130,7 @@ def cutout(clip: Tensor, side: float, y: float, x: float) -> Tensor:
 
 def _parts(clip: Tensor) -> tuple[Tensor, ...]:
     """The clip's frames, on the CPU two by two: what is computed of them stays in the cache, at half the time."""
-    return clip.split(2 if clip.device.type == "cpu" else clip.shape[1], 1)
+    return torch.split(clip, 2 if clip.device.type == "cpu" else clip.shape[1], 1)
 
 
 def _smooth(clip: Tensor) -> Tensor:
@@ -151,8 +151,8 @@ def _blur(clip: Tensor) -> Tensor:
 
 def _grey(clip: Tensor) -> Tensor:
     """Luma of ITU-R 601, rounded: int32 [T, S, S]."""
-    red, green, blue = clip.to(torch.int32)
-    return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+    red, green, blue = clip.to(torch.int32).unbind()
+    return (red * 19595 + green * 38470 + blue * 7471 + 0x8000).bitwise_right_shift(16)
 
 
 def _extrapolate(base: Tensor, clip: Tensor, factor: float) -> Tensor:

@@ -54,14 +54,12 @@ def test_strengths_of_the_published_magnitude(monkeypatch: pytest.MonkeyPatch) -
             round(value, 4)) or clip)
     monkeypatch.setattr(pixel_ops, "translate", lambda clip, down, right: seen.setdefault("translate", set()).update(
         {down, right}) or clip)
-    clip = torch.zeros(3, 1, 224, 224, dtype=torch.uint8)
-    for name in ("rotate", "posterize", "solarize", "color", "brightness", "shear_x", "cutout", "translate_x",
-                 "translate_y"):
-        for number in range(10):
-            augment.OPERATIONS[name](clip, 7 / 30, np.random.default_rng(number))
+    clip = torch.zeros(3, 1, 100, 100, dtype=torch.uint8)
+    for number in range(12):
+        augment.rand_augment(clip, len(augment.OPERATIONS), 7, np.random.default_rng(number))
     assert seen == {
         "rotate": {-7.0, 7.0}, "posterize": {7}, "solarize": {197}, "color": {0.79, 1.21}, "brightness": {0.79, 1.21},
-        "shear_x": {-0.0699, 0.0699}, "cutout": {0.1458}, "translate": {-17, 0, 17}}
+        "shear_x": {-0.0699, 0.0699}, "cutout": {0.1458}, "translate": {-8, 0, 8}}
 
 
 def test_different_operations_are_drawn_in_random_order(monkeypatch: pytest.MonkeyPatch) -> None:
