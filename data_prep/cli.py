@@ -13,7 +13,7 @@ from data_prep import sources
 from data_prep.settings import PROFILES, Encoding, Settings, parse_size
 from vswin_dist import storage
 from vswin_dist.errors import ConfigError, run_command
-from vswin_dist.manifest import Manifest, read_manifest
+from vswin_dist.manifest import SAMPLINGS, Manifest, read_manifest
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,6 +67,8 @@ def add_shard_arguments(to: argparse.ArgumentParser) -> None:
                     help="class names in the order of their ids: a text file, one a line, or a manifest")
     to.add_argument("--name", default="dataset", help="name kept in the manifest (%(default)s)")
     to.add_argument("--split", default="train", help="split kept in the manifest (%(default)s)")
+    to.add_argument("--sampling", choices=SAMPLINGS, help="how clips are to be taken from these videos in training, kept "
+                    "in the manifest (uniform for ssv2, else dense)")
     defaults = Encoding()
     to.add_argument("--profile", default="train", help=f"one of {', '.join(PROFILES)} (%(default)s)")
     to.add_argument("--short-side", type=int, default=defaults.short_side, metavar="PIXELS", help="(%(default)s)")
@@ -100,7 +102,8 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
                         max_fps=arguments.max_fps, min_frames=arguments.min_frames, min_side=arguments.min_side,
                         max_bad=arguments.max_bad)
     return Settings(encoding, parse_size(arguments.shard_size), arguments.shard_count, arguments.seed,
-                    arguments.window, arguments.keep_duplicates, arguments.name, arguments.split)
+                    arguments.window, arguments.keep_duplicates, arguments.name, arguments.split,
+                    arguments.sampling or "dense")
 
 
 def check_workers(workers: int | None) -> None:

@@ -126,6 +126,7 @@ def write_plan(out: str, plan: dict[str, Any]) -> None:
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     flat_old, flat_new = (dict(_flatten(p["settings"])) for p in (old, new))
+    flat_old.setdefault("sampling", "dense")  # plans from before there was a choice
     changes = [f"{name} was {flat_old.get(name)!r}, is now {flat_new.get(name)!r}"
                for name in sorted({*flat_old, *flat_new}) if flat_old.get(name) != flat_new.get(name)]
     if old["classes"] != new["classes"]:

@@ -21,7 +21,7 @@ def merge(out: str, urls: list[str], name: str, split: str) -> Manifest:
     """Join the datasets at `urls` into a manifest at `out`; shards below `out` are named relative to it.
 
     Raises:
-        DataError: other classes, another encoding, a video in two of them, or `out` holds another manifest.
+        DataError: other classes, another encoding or sampling, a video in two of them, or `out` holds another manifest.
     """
     if len(urls) < 2:
         raise ConfigError("merge needs two datasets at least")
@@ -29,12 +29,15 @@ def merge(out: str, urls: list[str], name: str, split: str) -> Manifest:
     first = manifests[0]
     for url, other in zip(urls[1:], manifests[1:], strict=True):
         check_same_classes(first.classes, other.classes, url)
+        if other.sampling != first.sampling:
+            raise DataError(f"{url} is to be sampled {other.sampling}, {urls[0]} {first.sampling}: shard one of them again "
+                            f"with --sampling {first.sampling} or {other.sampling}")
         if other.encoding != first.encoding:
             changed = sorted(k for k in {*first.encoding, *other.encoding}
                              if first.encoding.get(k) != other.encoding.get(k))
             raise DataError(f"{url} was encoded otherwise than {urls[0]}: {', '.join(changed)}")
     folder = manifest_url(storage.absolute(out)).rsplit("/", 1)[0] + "/"
-    joined = Manifest(name, split, first.classes, first.encoding, [], [])
+    joined = Manifest(name, split, first.classes, first.encoding, [], [], sampling=first.sampling)
     for url, manifest in zip(urls, manifests, strict=True):
         before = len(joined.shards)
         joined.shards.extend(replace(s, url=shard_url(url, s).removeprefix(folder)) for s in manifest.shards)

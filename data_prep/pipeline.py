@@ -287,7 +287,8 @@ def assemble(job: Job, total: int) -> Manifest:
         WorkFailed: not one video was kept, or a record is missing.
     """
     settings = job.settings
-    manifest = Manifest(settings.name, settings.split, job.classes, settings.encoding.record(), [], [], [], total)
+    manifest = Manifest(settings.name, settings.split, job.classes, settings.encoding.record(), [], [], [], total,
+                        settings.sampling)
     covered = 0
     while covered < total:
         try:

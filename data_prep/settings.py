@@ -87,6 +87,7 @@ class Settings:
     keep_duplicates: bool = False  # keep videos whose bytes were seen before
     name: str = "dataset"
     split: str = "train"
+    sampling: str = "dense"  # how clips are to be taken in training; see the manifest
 
     def __post_init__(self) -> None:
         if self.shard_bytes < 10_000:

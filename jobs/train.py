@@ -19,10 +19,10 @@ def main() -> int:
     from vswin_dist.training.launch import train
 
     prepared = preflight(settings)
-    print(prepared.summary(settings), flush=True)
+    print(prepared.summary(), flush=True)
     if args.dry_run:
         return 0
-    result = train(settings, recipe_text(args.recipe), prepared)
+    result = train(recipe_text(args.recipe), prepared)
     for key, value in result.items():
         print(f"{key:24} {value}")
     return 0

@@ -21,6 +21,7 @@ from vswin_dist.errors import DataError
 FORMAT = "vswin-manifest"
 VERSION = 1
 FILE_NAME = "manifest.json"
+SAMPLINGS = ("dense", "uniform")  # how clips are taken from the videos of a set; see vswin_dist.data.sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class Manifest:
     samples: list[Sample]
     rejected: list[Reject] = field(default_factory=list)
     read: int = 0  # videos read = kept + rejected
+    sampling: str = "dense"  # one of SAMPLINGS, the rule that the set is trained with; no part of the fingerprint
 
     @property
     def counts(self) -> dict[str, Any]:
@@ -100,7 +102,7 @@ class Manifest:
         body = {
             "format": FORMAT, "version": VERSION, "name": self.name, "split": self.split,
             "fingerprint": self.fingerprint, "counts": self.counts, "encoding": self.encoding,
-            "classes": self.classes, "shards": [asdict(s) for s in self.shards],
+            "classes": self.classes, "sampling": self.sampling, "shards": [asdict(s) for s in self.shards],
             "rejected": [asdict(r) for r in self.rejected], "samples": columns,
         }
         return (json.dumps(body, ensure_ascii=False, indent=None, separators=(",", ":")) + "\n").encode()
@@ -122,7 +124,8 @@ class Manifest:
             manifest = Manifest(
                 name=body["name"], split=body["split"], classes=body["classes"], encoding=body["encoding"],
                 shards=[Shard(**s) for s in body["shards"]], samples=[Sample(*row) for row in rows],
-                rejected=[Reject(**r) for r in body["rejected"]], read=body["counts"]["read"])
+                rejected=[Reject(**r) for r in body["rejected"]], read=body["counts"]["read"],
+                sampling=body.get("sampling", "dense"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{url} is not a readable manifest: {type(error).__name__}: {error}") from error
         manifest.check(url)
@@ -135,6 +138,8 @@ class Manifest:
         """Raise DataError where counts, keys, classes or shard numbers contradict each other."""
         if self.read != len(self.samples) + len(self.rejected):
             raise DataError(f"{url}: read {self.read} is not kept {len(self.samples)} + rejected {len(self.rejected)}")
+        if self.sampling not in SAMPLINGS:
+            raise DataError(f"{url}: sampling {self.sampling!r} is none of {', '.join(SAMPLINGS)}")
         keys = Counter(s.key for s in self.samples)
         if twice := [k for k, n in keys.items() if n > 1]:
             raise DataError(f"{url}: {len(twice)} keys stand twice, for instance {twice[0]!r}")

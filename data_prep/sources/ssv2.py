@@ -95,6 +95,7 @@ class Ssv2Source:
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         """See `Source.add_arguments`."""
+        parser.set_defaults(sampling="uniform")  # actions are defined over the whole video
         parser.add_argument("--annotations", required=True, metavar="URL", help="train, validation or test json")
         parser.add_argument("--labels", required=True, metavar="URL", help="labels.json")
         parser.add_argument("--videos", required=True, metavar="URL",

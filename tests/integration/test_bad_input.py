@@ -41,6 +41,11 @@ def test_more_ranks_than_samples_in_a_batch(line: Line, monkeypatch: pytest.Monk
     assert "training.workers=32 is more than the 16 samples of a global batch" in message
 
 
+def test_a_micro_batch_that_cuts_pairs_in_two(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = refusal(line, monkeypatch, "training.micro_batch=1", "data.mixup=0.8")
+    assert "training.micro_batch=1 is odd, and data.mixup=0.8, data.cutmix=0 mix neighbouring clips" in message
+
+
 def test_sets_with_other_classes(line: Line, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(line.shards / "val", other)

@@ -42,7 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(0)
-    data = DataSettings(train="x", frames=4, stride=1, size=32, short_side=32)
+    data = DataSettings(train="x", sampling="dense", frames=4, stride=1, size=32, short_side=32)
     return write_model(str(tmp_path_factory.mktemp("model")), build_model("swin_nano", num_classes=6),
                        classes=[f"class {i}" for i in range(6)], preprocessing=preprocessing_of(data), lineage={})
 

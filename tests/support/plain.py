@@ -9,11 +9,11 @@ import argparse
 import math
 
 import torch
-import torch.nn.functional as F
 
 from vswin_dist import models
 from vswin_dist.config import Settings, load_settings
 from vswin_dist.data.loader import train_batches
+from vswin_dist.data.mixing import cross_entropy, mix
 from vswin_dist.data.plan import Plan
 from vswin_dist.evaluation.evaluate import Rank, Views, evaluate
 from vswin_dist.evaluation.metrics import Scores
@@ -44,8 +44,10 @@ def train(s: Settings, steps: int | None = None) -> tuple[torch.nn.Module, list[
         factor = (s.optim.warmup_start + (1 - s.optim.warmup_start) * warm) * (1 + math.cos(math.pi * step / total)) / 2
         for group in optimizer.param_groups:
             group["lr"] = s.optim.lr * group["ratio"] * factor
-        logits = model((batch["clips"].float() - mean) / std, sample_keys(s.run.seed, step, batch["indices"]))
-        loss = F.cross_entropy(logits, batch["labels"], label_smoothing=s.optim.label_smoothing)
+        clips, targets = mix((batch["clips"].float() - mean) / std, batch["labels"], len(manifest.classes), s.data,
+                             s.run.seed, step, 0)
+        logits = model(clips, sample_keys(s.run.seed, step, batch["indices"]))
+        loss = cross_entropy(logits, targets, s.optim.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         if s.optim.gradient_clipping:

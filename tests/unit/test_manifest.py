@@ -56,6 +56,7 @@ def test_the_fingerprint_is_of_the_content_alone() -> None:
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"read": 5}, "read 5 is not kept 3 + rejected 1"),
+    ({"sampling": "sparse"}, "sampling 'sparse' is none of dense, uniform"),
     ({"samples": [sample(0), sample(0), sample(2, 1)]}, "1 keys stand twice, for instance 'k0'"),
     ({"samples": [dataclasses.replace(sample(0), key="a.b"), sample(1), sample(2, 1)]}, "key 'a.b' has a dot"),
     ({"samples": [sample(0), sample(1), sample(2)]}, "shard s-0.tar says 2 samples, 3 are listed"),
@@ -66,6 +67,15 @@ def test_contradictions_are_refused(changes: dict[str, object], message: str, tm
         write_manifest(manifest(**changes), str(tmp_path))
     assert message in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_sampling_is_kept_beside_the_content(tmp_path: Path) -> None:
+    uniform = manifest(sampling="uniform")
+    assert read_manifest(write_manifest(uniform, str(tmp_path))).sampling == "uniform"
+    assert uniform.fingerprint == manifest().fingerprint
+    body = json.loads(manifest().to_json())
+    del body["sampling"]  # as written before there was one
+    assert Manifest.from_json(json.dumps(body).encode(), "old").sampling == "dense"
 
 
 def test_a_file_that_was_changed_or_is_none_is_refused(tmp_path: Path) -> None:

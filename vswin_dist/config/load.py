@@ -58,7 +58,7 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "from 0 up to, not including, 1": (lambda v: 0 <= v < 1, (
         "model.drop_path_rate", "model.head_dropout", "optim.betas", "optim.label_smoothing")),
     "more than 0, up to 1": (lambda v: 0 < v <= 1, ("data.crop_scale", "data.subset")),
-    "from 0 to 10": (lambda v: 0 <= v <= 10, ("data.rand_augment_magnitude",)),
+    "from 0 to 30": (lambda v: 0 <= v <= 30, ("data.rand_augment_magnitude",)),
     "a finite number": (math.isfinite, ("data.mean",)),
 }
 ALLOWED = {key: (words, holds) for words, (holds, keys) in BOUNDS.items() for key in keys}

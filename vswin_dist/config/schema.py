@@ -48,7 +48,7 @@ class DataSettings:
     flip: float = 0.5  # probability of a horizontal flip in training
     flip_labels: str = "mirror"  # mirror: a flipped left/right class becomes its counterpart, or is not flipped | keep
     rand_augment_ops: int = 0  # RandAugment: operations on each clip; 0: none
-    rand_augment_magnitude: int = 7  # of each operation, 0 to 10
+    rand_augment_magnitude: int = 7  # of each operation, 0 to 30, as in the published code
     erasing: float = 0.0  # probability that a box of a training clip is erased
     mixup: float = 0.0  # alpha of the Beta distribution; 0: none
     cutmix: float = 0.0  # alpha of the Beta distribution; 0: none. With mixup, each pair takes one or the other

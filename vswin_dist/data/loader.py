@@ -19,7 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from vswin_dist import storage
 from vswin_dist.config.schema import DataSettings
 from vswin_dist.data import sampling
+from vswin_dist.data.augment import augment, clip_rng
 from vswin_dist.data.decode import Frames, decode_frames
+from vswin_dist.data.mirror import flipped_classes
 from vswin_dist.data.plan import Plan
 from vswin_dist.data.transforms import crop_resize
 from vswin_dist.errors import DataError
@@ -61,16 +63,20 @@ class TrainClips(Dataset[tuple[Tensor, int, int]]):
 
     def __init__(self, manifest: Manifest, base: str, settings: DataSettings, seed: int) -> None:
         self.manifest, self.base, self.settings, self.seed = manifest, base, settings, seed
+        self.flipped = flipped_classes(manifest.classes, settings.flip_labels)
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int, int]:
         epoch, index = item
         s, sample = self.settings, self.manifest.samples[index]
         rng = np.random.default_rng([AUGMENTATION, self.seed, epoch, index])
         indices = sampling.train_indices(sample.frames, s.frames, s.stride, s.sampling, rng)
-        flip = bool(rng.random() < s.flip)
+        flipped = self.flipped[sample.class_id]
+        flip = rng.random() < s.flip and flipped is not None
+        label = flipped if flip and flipped is not None else sample.class_id
         frames = _decode(self.manifest, self.base, index, indices)
         box = sampling.train_box(frames.shape[1], frames.shape[2], s.crop_scale, s.crop_ratio, rng)
-        return crop_resize(frames, box, s.size, flip), sample.class_id, index
+        clip = crop_resize(frames, box, s.size, flip)
+        return augment(clip, s, clip_rng(self.seed, epoch, index)), label, index
 
 
 class ViewBatch(TypedDict):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+
 import torch
 
 from vswin_dist import models, storage
 from vswin_dist.config import Settings
+from vswin_dist.data.mixing import check_pairs
 from vswin_dist.data.plan import Plan, check_batch
+from vswin_dist.data.sampling import resolve
 from vswin_dist.manifest import check_same_classes, check_shard_sizes, read_manifest
 from vswin_dist.tracking.run import tracking_uri
 from vswin_dist.training import identity
@@ -18,6 +23,8 @@ from vswin_dist.training.start import initial_weights, load, model_overrides
 def preflight(s: Settings) -> Prepared:
     """Check that the training `s` can start, writing nothing but a probe where its checkpoints will go.
 
+    What `s` leaves to the data is decided here, and nowhere else; the training runs with `Prepared.settings`.
+
     Raises:
         ConfigError, DataError, CheckpointError: what is wrong, with the values.
     """
@@ -26,12 +33,17 @@ def preflight(s: Settings) -> Prepared:
     root = storage.join(identity.runs_root(s), s.run.name)
     train = read_manifest(s.data.train)
     check_shard_sizes(train, s.data.train)
+    data, warning = resolve(s.data, train)
+    if warning:
+        print(warning, file=sys.stderr, flush=True)
+    s = replace(s, data=data)
     val = None
     if s.data.val:
         val = read_manifest(s.data.val)
         check_same_classes(train.classes, val.classes, f"the validation set {s.data.val}")
         check_shard_sizes(val, s.data.val)
     accumulation = check_batch(s.training.global_batch, s.training.workers, s.training.micro_batch)
+    check_pairs(s.data, s.training.micro_batch)
     plan = Plan(train.fingerprint, len(train.samples), s.run.seed, s.training.global_batch)
     with torch.device("meta"):
         model = models.build_model(s.model.name, num_classes=len(train.classes), **model_overrides(s))
@@ -41,4 +53,4 @@ def preflight(s: Settings) -> Prepared:
     storage.check_writable(root)
     resumes = identity.to_resume(s, root, train.fingerprint, plan.steps_per_epoch * s.training.epochs)
     groups = parameter_groups(model.named_parameters(), s.optim)
-    return Prepared(uri, root, resumes, train, val, plan, accumulation, sum(g.elements for g in groups), groups, report)
+    return Prepared(s, uri, root, resumes, train, val, plan, accumulation, sum(g.elements for g in groups), groups, report)

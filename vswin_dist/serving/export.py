@@ -41,7 +41,7 @@ class ModelCard:
         Raises:
             CheckpointError: the model was registered without them, such as one inflated and not yet trained.
         """
-        if missing := [name for name in PREPROCESSING if name not in self.preprocessing]:
+        if missing := [name for name in PREPROCESSING if self.preprocessing.get(name) is None]:
             raise CheckpointError(f"the model's {CARD} does not say how clips are cut ({', '.join(missing)}): it was "
                                   "not trained yet, or its file was changed")
         values: dict[str, Any] = {name: self.preprocessing[name] for name in PREPROCESSING}
@@ -50,7 +50,8 @@ class ModelCard:
 
 
 def preprocessing_of(settings: DataSettings) -> dict[str, Any]:
-    """The part of a training's data settings that goes into the card."""
+    """The part of a training's data settings that goes into the card; `sampling` is resolved."""
+    assert settings.sampling, "data.sampling was not resolved"
     return {name: getattr(settings, name) for name in PREPROCESSING}
 
 

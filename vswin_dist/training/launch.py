@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from vswin_dist import storage
-from vswin_dist.config import Settings, to_flat
+from vswin_dist.config import to_flat
 from vswin_dist.errors import PreflightError, WorkFailed
 from vswin_dist.evaluation.evaluate import Rank
 from vswin_dist.evaluation.metrics import Scores
@@ -155,8 +155,8 @@ def train_worker(config: dict[str, Any]) -> None:
     loop.train(loop.Job(**config), this_rank(), report)
 
 
-def train(s: Settings, recipe_text: str, prepared: Prepared) -> dict[str, Any]:
-    """Train `s` to its end and register the best checkpoint as champion.
+def train(recipe_text: str, prepared: Prepared) -> dict[str, Any]:
+    """Train to the end and register the best checkpoint as champion.
 
     Returns:
         run_id, checkpoint (URL of the best), model (``models:/NAME/VERSION``), step and the metrics of the best.
@@ -166,17 +166,18 @@ def train(s: Settings, recipe_text: str, prepared: Prepared) -> dict[str, Any]:
             checkpoint.
     """
     with cluster():
-        return _train(s, recipe_text, prepared)
+        return _train(recipe_text, prepared)
 
 
-def _train(s: Settings, recipe_text: str, prepared: Prepared) -> dict[str, Any]:
+def _train(recipe_text: str, prepared: Prepared) -> dict[str, Any]:
+    s = prepared.settings
     resources = Resources(s.training.workers, s.training.use_gpu, s.training.cpus_per_worker, s.training.max_failures)
     check_resources(resources)
     uri, root = prepared.tracking_uri, prepared.root
     run_id = run.open_run(uri, s.tracking.experiment, s.run.name, prepared.resumes.run_id if prepared.resumes else None)
     mine = identity.Identity(run_id, prepared.train.fingerprint, to_flat(s), finished=False, step=0)
     identity.write_identity(root, mine)
-    lineage = record_start(s, recipe_text, prepared, run_id)
+    lineage = record_start(recipe_text, prepared, run_id)
     checkpoints = storage.join(root, run_id)
     job = loop.Job(to_flat(s), checkpoints, run_id, uri, lineage)
     try:
@@ -197,8 +198,9 @@ def _train(s: Settings, recipe_text: str, prepared: Prepared) -> dict[str, Any]:
             "step": best.position.step, **best.position.metrics}
 
 
-def record_start(s: Settings, recipe_text: str, prepared: Prepared, run_id: str) -> dict[str, Any]:
+def record_start(recipe_text: str, prepared: Prepared, run_id: str) -> dict[str, Any]:
     """Log everything that is known before the first step; returns the lineage that models of this run carry."""
+    s = prepared.settings
     start = s.model.init
     if start and registry.is_reference(start):
         start = registry.find_version(prepared.tracking_uri, start).uri

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from vswin_dist.config import Settings, from_flat
 from vswin_dist.data.loader import Batch, train_batches
+from vswin_dist.data.mixing import cross_entropy, mix
 from vswin_dist.data.plan import Plan, check_batch
 from vswin_dist.data.transforms import normalise
 from vswin_dist.evaluation.evaluate import Rank, Views, evaluate
@@ -72,7 +72,7 @@ def train(job: Job, rank: Rank, report: Report) -> None:
     for step in range(start, last):
         factor = learning_rate_factor(step, plan.steps_per_epoch, s.training.epochs, s.optim)
         rates = engine.set_learning_rate(factor)
-        pending.append(train_step(engine, batches, step, accumulation, s, rank))
+        pending.append(train_step(engine, batches, step, accumulation, s, rank, len(manifest.classes)))
         pending[-1].values |= {f"lr/{g.label}": r for g, r in zip(engine.groups, rates, strict=True)}
 
         done = step + 1
@@ -116,10 +116,11 @@ class StepFigures:
 
 
 def train_step(engine: Engine, batches: Iterator[Batch], step: int, accumulation: int, s: Settings,
-               rank: Rank) -> StepFigures:
+               rank: Rank, classes: int) -> StepFigures:
     """One optimizer step: `accumulation` micro-batches forward and backward, then the update."""
     began, waited = time.perf_counter(), 0.0
     loss_sum = torch.zeros((), device=rank.device)
+    place = rank.rank * accumulation * s.training.micro_batch  # of the next clip in the global batch
     for _ in range(accumulation):
         asked = time.perf_counter()
         batch = next(batches)
@@ -127,9 +128,11 @@ def train_step(engine: Engine, batches: Iterator[Batch], step: int, accumulation
         clips = normalise(batch["clips"].to(rank.device, non_blocking=True), s.data.mean, s.data.std,
                           engine.input_dtype)  # [B, 3, T, H, W]
         labels = batch["labels"].to(rank.device, non_blocking=True)  # [B]
+        clips, targets = mix(clips, labels, classes, s.data, s.run.seed, step, place)
+        place += len(clips)
         keys = sample_keys(s.run.seed, step, batch["indices"]).to(rank.device)
         logits = engine.forward(clips, keys)  # [B, K]
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=s.optim.label_smoothing)
+        loss = cross_entropy(logits, targets, s.optim.label_smoothing)
         engine.backward(loss)
         engine.step()
         loss_sum += loss.detach()

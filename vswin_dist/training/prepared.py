@@ -15,6 +15,7 @@ from vswin_dist.training.optim import ParameterGroup, groups_table
 class Prepared:
     """A training that can start, and its plan in figures."""
 
+    settings: Settings  # with all that was left to the data decided
     tracking_uri: str
     root: str  # URL of ROOT/RUN
     resumes: Identity | None  # the training that this submission continues
@@ -26,13 +27,15 @@ class Prepared:
     groups: list[ParameterGroup]
     load_report: str
 
-    def summary(self, s: Settings) -> str:
+    def summary(self) -> str:
         """The plan as text, for people."""
+        s = self.settings
         steps = self.plan.steps_per_epoch
         val = f"{len(self.val.samples)} videos" if self.val else "none"
         return "\n".join([
             f"training {s.run.name!r}: {s.model.name}, {self.parameters:,} parameters, {len(self.train.classes)} classes",
             f"data: {len(self.train.samples)} videos ({self.train.fingerprint}), validation {val}",
+            f"clips: {s.data.frames} frames, {s.data.sampling} sampling",
             f"batch: {s.training.workers} ranks x micro-batch {s.training.micro_batch} x accumulation "
             f"{self.accumulation} = {s.training.global_batch}",
             f"steps: {steps} an epoch x {s.training.epochs} epochs = {steps * s.training.epochs}; "

@@ -11,7 +11,7 @@ import torch
 from vswin_dist import models, storage
 from vswin_dist.config import Settings
 from vswin_dist.models import LoadReport
-from vswin_dist.serving.export import preprocessing_of, write_model
+from vswin_dist.serving.export import write_model
 from vswin_dist.tracking import provenance, registry
 from vswin_dist.tracking.run import tracking_uri
 
@@ -54,7 +54,7 @@ def load(model: models.VideoSwin, path: str, s: Settings, dry_run: bool = False)
 def register_inflated(weights: str, s: Settings, name: str, alias: str) -> tuple[int, LoadReport]:
     """Inflate the 2D checkpoint `weights` to the recipe's model and register it.
 
-    The head keeps no class names: a training replaces it.
+    The head keeps no class names, and the card no preprocessing: a training decides both.
 
     Returns:
         (version, what became of every tensor).
@@ -71,5 +71,5 @@ def register_inflated(weights: str, s: Settings, name: str, alias: str) -> tuple
     lineage = {"inflated_from": provenance.redact(source),
                "source_commit": provenance.source_version(Path(__file__).parents[2]), "recipe": s.recipe}
     with tempfile.TemporaryDirectory(prefix="vswin-inflate-") as folder:
-        write_model(folder, model, classes=[], preprocessing=preprocessing_of(s.data), lineage=lineage)
+        write_model(folder, model, classes=[], preprocessing={}, lineage=lineage)
         return registry.register_model(uri, name, folder, alias=alias, tags=lineage), report

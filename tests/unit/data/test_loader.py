@@ -43,6 +43,36 @@ def test_worker_processes_change_nothing_and_any_step_can_be_first(motion_shards
         assert torch.equal(a["clips"], b["clips"]) and torch.equal(a["indices"], b["indices"])
 
 
+def test_a_flipped_clip_has_the_mirrored_class(motion_shards: Path) -> None:
+    """The shards' classes: clockwise, counter-clockwise, down, left, right, up."""
+    manifest = read_manifest(str(motion_shards / "train"))
+    whole = ("data.crop_scale=[1,1]", "data.crop_ratio=[1,1]", "data.flip=1")
+    for rule, classes in (("mirror", [1, 0, 2, 4, 3, 5]), ("keep", list(range(6)))):
+        s = settings(motion_shards, *whole, f"data.flip_labels={rule}")
+        still = replace(s, flip=0.0)
+        for index in range(12):
+            flipped, label, _ = TrainClips(manifest, s.train, s, seed=0)[(0, index)]
+            assert label == classes[manifest.samples[index].class_id]
+            assert torch.equal(flipped, TrainClips(manifest, s.train, still, seed=0)[(0, index)][0].flip(3))
+    alone = replace(manifest, classes=[c.replace("right", "east") for c in manifest.classes])  # left has no counterpart
+    index = next(i for i, x in enumerate(manifest.samples) if x.class_id == 3)
+    s = settings(motion_shards, *whole)
+    clip, label, _ = TrainClips(alone, s.train, s, seed=0)[(0, index)]
+    assert label == 3 and torch.equal(clip, TrainClips(alone, s.train, replace(s, flip=0.0), seed=0)[(0, index)][0])
+
+
+def test_augmentation_is_of_the_sample_and_evaluation_has_none(motion_shards: Path) -> None:
+    manifest = read_manifest(str(motion_shards / "train"))
+    plain = settings(motion_shards)
+    s = settings(motion_shards, "data.rand_augment_ops=4", "data.rand_augment_magnitude=30", "data.erasing=1",
+                 "data.mixup=1", "data.flip=1")
+    first, again = (TrainClips(manifest, s.train, s, seed=0)[(1, 5)][0] for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, TrainClips(manifest, s.train, plain, seed=0)[(1, 5)][0])
+    val = read_manifest(str(motion_shards / "val"))
+    assert torch.equal(TestClips(val, s.val, s, 2, 3)[0][0], TestClips(val, s.val, plain, 2, 3)[0][0])
+
+
 def damaged(shards: Path, folder: Path) -> tuple[Manifest, str]:
     """The validation set with the bytes of sample 3 flipped."""
     shutil.copytree(shards / "val", folder / "val")

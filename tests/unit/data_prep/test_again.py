@@ -21,7 +21,7 @@ from tests.unit.data_prep.inprocess import COPY, FAST, InProcess, prepare, tars
 from tests.unit.data_prep.test_sources import IDS, kinetics_csv, tar_of, video
 from tests.unit.data_prep.videos import make_folders, make_video
 from vswin_dist.errors import ConfigError, DataError, WorkFailed
-from vswin_dist.manifest import read_manifest
+from vswin_dist.manifest import read_manifest, write_manifest
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +118,10 @@ def test_merge_joins_and_refuses_what_does_not_fit(tmp_path: Path) -> None:
         merge(str(tmp_path / "x"), [urls[0], urls[0]], "twice", "train")
     with pytest.raises(ConfigError):
         merge(str(tmp_path / "x"), urls[:1], "one", "train")
+    assert joined.sampling == "dense"
+    other = write_manifest(replace(read_manifest(urls[1]), sampling="uniform"), str(tmp_path / "uniform"))
+    with pytest.raises(DataError, match=r"is to be sampled uniform, .* dense: shard one of them again with --sampling"):
+        merge(str(tmp_path / "x"), [urls[0], other], "n", "train")
     prepare(FolderSource(str(tmp_path / "b")), tmp_path / "small", FAST)
     with pytest.raises(DataError, match="profile"):
         merge(str(tmp_path / "x"), [urls[0], str(tmp_path / "small")], "n", "train")

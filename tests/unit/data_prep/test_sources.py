@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from data_prep import archive, sources
+from data_prep import archive, cli, sources
 from data_prep.feed import order_key
 from data_prep.settings import Settings
 from data_prep.sources.kinetics import KineticsSource
@@ -179,6 +179,15 @@ def test_ssv2_classes_and_folder(tmp_path: Path) -> None:
     (tmp_path / "answers.csv").write_text("7;Zoom something\n")
     fields["answers"] = str(tmp_path / "answers.csv")
     assert Ssv2Source(videos=str(tmp_path / "v"), **fields).listing().items[0].class_name == "Zoom something"
+
+
+@pytest.mark.parametrize(("kind", "option", "sampling"), [
+    ("ssv2", [], "uniform"), ("folder", [], "dense"), ("ssv2", ["--sampling", "dense"], "dense"),
+    ("folder", ["--sampling", "uniform"], "uniform")])
+def test_the_source_says_how_its_videos_are_sampled(kind: str, option: list[str], sampling: str) -> None:
+    files = ["--annotations", "a", "--labels", "b"] if kind == "ssv2" else []
+    arguments = cli.parser().parse_args(["shard", kind, *files, "--videos", "v", "--out", "o", *option])
+    assert cli.settings_from(arguments).sampling == sampling
 
 
 def test_ssv2_from_the_pieces_of_one_tar_gz(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from vswin_dist import models
 from vswin_dist.config.schema import DataSettings
 from vswin_dist.serving.export import preprocessing_of, write_model
 
-DATA = DataSettings(train="x", frames=4, stride=2, size=32, short_side=40)
+DATA = DataSettings(train="x", sampling="dense", frames=4, stride=2, size=32, short_side=40)
 CLASSES = ["left", "right", "up"]
 
 
