@@ -120,6 +120,11 @@ class Plan:
         samples, copies = (a[part] for a in _order(self, epoch))
         return Slice(epoch, *self._repeat(samples, copies))
 
+    def any_sample(self, rng: np.random.Generator) -> int:
+        """One of the samples that the plan uses, as `rng` says."""
+        number = int(rng.integers(self.epoch_samples))
+        return number if self.pool is None else int(self.pool[number])
+
     def _repeat(self, samples: Indices, copies: Indices) -> tuple[Indices, Indices]:
         """Each sample `repeats` times along the last axis, the copies far apart: neighbours may be mixed."""
         if self.repeats == 1:
