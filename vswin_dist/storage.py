@@ -43,8 +43,8 @@ def cache_home() -> Path:
 
 
 def environment() -> dict[str, str]:
-    """The variables by which this process reaches its storage, for a process that may have been started with others."""
-    return {k: v for k, v in os.environ.items() if k.startswith("AWS_")}
+    """The variables by which this process reaches its storage, for one that may have been started with others."""
+    return {k: v for k, v in os.environ.items() if k.startswith(("AWS_", "VSWIN_"))}
 
 
 def use_s3_endpoint(endpoint: str | None) -> None:

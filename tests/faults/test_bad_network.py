@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import shutil
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.integration.s3_server import rclone, start_s3
+from tests.integration.s3_server import S3Server, rclone, start_s3
 from tests.support.bad_network import Fault, bad_network
 from vswin_dist.config import load_settings
+from vswin_dist.data.cache import ShardCache
 from vswin_dist.data.loader import Batch, TrainLoader
 from vswin_dist.data.plan import make_plan
 from vswin_dist.errors import DataError
@@ -46,11 +51,23 @@ def epoch(url: str, cache_gb: float, workers: int = 1) -> list[Batch]:
     return list(TrainLoader(manifest, s, plan, 0, 1, 13, 2 * plan.steps_per_epoch))
 
 
+@contextlib.contextmanager
+def reached_by(s3: S3Server, faults: Faults, delay_s: float, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process and those that it starts reach `s3` over a bad network."""
+    import s3fs
+
+    with bad_network(s3.port, delay_s, faults) as port:
+        for name, value in (s3.environment | {"AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}"}).items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()  # they are kept by their arguments, whatever the endpoint is now
+        yield
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
 @pytest.fixture
 def bucket(motion_shards: Path, tmp_path: Path) -> Path:
     """A folder for the server with the training shards in bucket ``data``."""
-    (tmp_path / "s3" / "data").mkdir(parents=True)
-    (tmp_path / "s3" / "data" / "train").symlink_to(motion_shards / "train")
+    shutil.copytree(motion_shards / "train", tmp_path / "s3" / "data" / "train")
     return tmp_path / "s3"
 
 
@@ -59,9 +76,7 @@ def test_no_sample_is_wrong_missing_or_repeated(bucket: Path, motion_shards: Pat
                                                 monkeypatch: pytest.MonkeyPatch, cache_gb: float) -> None:
     monkeypatch.setenv("VSWIN_CACHE", str(tmp_path / "cache"))
     faults = Faults()
-    with start_s3(bucket) as s3, bad_network(s3.port, 0.05, faults) as port:
-        for name, value in (s3.environment | {"AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}"}).items():
-            monkeypatch.setenv(name, value)
+    with start_s3(bucket) as s3, reached_by(s3, faults, 0.05, monkeypatch):
         found = epoch("s3://data/train", cache_gb)
     assert faults.met.keys() == {"none", "error", "cut", "shorten", "flip"}, faults.met
     expected = epoch(str(motion_shards / "train"), 0.0, workers=0)
@@ -69,17 +84,30 @@ def test_no_sample_is_wrong_missing_or_repeated(bucket: Path, motion_shards: Pat
         assert torch.equal(a["clips"], b["clips"]) and torch.equal(a["indices"], b["indices"]) and not a["bad"]
     for part in (found[:4], found[4:]):
         assert sorted(i for b in part for i in b["indices"].tolist()) == list(range(52))
-    copies = list((tmp_path / "cache").glob("*/*.tar"))
-    assert [c.read_bytes() for c in copies] == [p.read_bytes() for p in (motion_shards / "train").glob("*.tar")
-                                                if cache_gb]
+    for copy in (tmp_path / "cache").glob("*/*.tar"):
+        assert hashlib.sha256(copy.read_bytes()).hexdigest() == copy.stem
+
+
+def test_copies_are_whole_and_then_need_no_network(bucket: Path, motion_shards: Path, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VSWIN_CACHE", str(tmp_path / "cache"))
+    manifest, faults = read_manifest(str(motion_shards / "train")), Faults()
+    monkeypatch.setattr("vswin_dist.storage.CHUNK", manifest.shards[0].bytes // 7)
+    with start_s3(bucket) as s3, reached_by(s3, faults, 0.0, monkeypatch):
+        cache = ShardCache(tmp_path / "cache", 10**9, manifest.fingerprint)
+        for shard in manifest.shards:
+            assert cache.fill(shard, f"s3://data/train/{shard.url}")
+        cache.close()
+        assert faults.met.keys() == {"none", "error", "cut", "shorten", "flip"}, faults.met
+        requests = faults.requests
+        found = epoch("s3://data/train", 1.0)
+    assert faults.requests == requests
+    assert torch.equal(found[5]["clips"], epoch(str(motion_shards / "train"), 0.0, workers=0)[5]["clips"])
 
 
 def test_an_object_that_stays_short_stops_with_its_name(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vswin_dist.storage.FIRST_WAIT_S", 0.0)
-    with start_s3(bucket) as s3, bad_network(s3.port, fault=Faults("shorten")) as port:
-        for name, value in (s3.environment | {"AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}"}).items():
-            monkeypatch.setenv(name, value)
-        with pytest.raises(DataError) as error:
-            epoch("s3://data/train", 0.0, workers=0)
+    with start_s3(bucket) as s3, reached_by(s3, Faults("shorten"), 0.0, monkeypatch), pytest.raises(DataError) as error:
+        epoch("s3://data/train", 0.0, workers=0)
     shard = json.loads((bucket / "data/train/manifest.json").read_text())["shards"][0]["url"]
     assert f"s3://data/train/{shard}" in str(error.value) and "data-prep verify --repair s3://data/train" in str(error.value)

@@ -95,8 +95,12 @@ class ShardCache:
         """Copy `shard` from `url`; False where another process is at it, or `close` was called.
 
         Raises:
-            DataError: it cannot be read, its content is not the manifest's, or there is no room within the bound.
+            FileNotFoundError: `url` is absent. DataError: it cannot be read, or stays another than the manifest's; there
+                is no room within the bound.
         """
+        return storage.with_retry(lambda: self._fill(shard, url), url)
+
+    def _fill(self, shard: Shard, url: str) -> bool:
         with self._part(shard) as part:
             if part is None:
                 return self._path(shard).exists()
@@ -109,7 +113,7 @@ class ShardCache:
                 part.write(data)
             part.flush()
             if digest.hexdigest() != shard.sha256:
-                raise DataError(f"its sha256 is {digest.hexdigest()[:12]}..., expected {shard.sha256[:12]}...")
+                raise OSError(f"its sha256 is {digest.hexdigest()[:12]}..., expected {shard.sha256[:12]}...")
             os.fsync(part.fileno())
             os.replace(self._path(shard).with_suffix(".part"), self._path(shard))
             return True
