@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import tempfile
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -33,6 +35,16 @@ FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirec
 def home() -> Path:
     """The data root: ``VSWIN_HOME``, else ``~/vswin``. Holds what no setting places elsewhere."""
     return Path(os.environ.get("VSWIN_HOME") or Path.home() / "vswin").expanduser().absolute()
+
+
+def cache_home() -> Path:
+    """Where a node keeps copies of shards on its own disk: ``VSWIN_CACHE``, else ``vswin-cache`` in the temporary folder."""
+    return Path(os.environ.get("VSWIN_CACHE") or Path(tempfile.gettempdir()) / "vswin-cache").expanduser().absolute()
+
+
+def environment() -> dict[str, str]:
+    """The variables by which this process reaches its storage, for one that may have been started with others."""
+    return {k: v for k, v in os.environ.items() if k.startswith(("AWS_", "VSWIN_"))}
 
 
 def use_s3_endpoint(endpoint: str | None) -> None:
@@ -136,17 +148,20 @@ def read_bytes(url: str) -> bytes:
     return with_retry(read, url)
 
 
-def read_range(url: str, offset: int, length: int) -> bytes:
-    """`length` bytes of `url` from `offset`; fewer than asked for is an error, tried again first.
+def read_range(url: str, offset: int, length: int, crc32: int | None = None) -> bytes:
+    """`length` bytes of `url` from `offset`; fewer, or with another `crc32`, is an error, tried again first.
 
     Raises:
-        DataError: the file ends before ``offset + length``.
+        FileNotFoundError: `url` is absent. DataError: the file ends before ``offset + length``, or holds other bytes.
     """
     def read() -> bytes:
         fs, path = filesystem(url)
         data = bytes(fs.cat_file(path, start=offset, end=offset + length))
         if len(data) != length:
             raise OSError(f"got {len(data)} of {length} bytes at offset {offset}: the file is cut short")
+        if crc32 is not None and zlib.crc32(data) != crc32:
+            raise OSError(f"the {length} bytes at offset {offset} are damaged (crc32 {zlib.crc32(data):08x}, "
+                          f"expected {crc32:08x})")
         return data
     return with_retry(read, url)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from vswin_dist import models
 from vswin_dist.config import Settings
-from vswin_dist.data.loader import train_batches
+from vswin_dist.data.loader import TrainLoader
 from vswin_dist.data.plan import Plan
 from vswin_dist.data.transforms import normalise
 from vswin_dist.manifest import read_manifest
@@ -41,7 +41,7 @@ def pretrain(s: Settings, labels: dict[str, int] | None, epochs: int, out: Path)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
     data = replace(s.data, frames=1, stride=1, workers=1)
     hits = total = 0
-    for step, batch in enumerate(train_batches(manifest, data, plan, range(steps), 0, 1, 32)):
+    for step, batch in enumerate(TrainLoader(manifest, data, plan, 0, 1, 32, steps)):
         wanted = torch.tensor([target[i] for i in batch["indices"].tolist()])
         logits = model(normalise(batch["clips"], data.mean, data.std, torch.float32))
         optimizer.zero_grad()

@@ -12,9 +12,9 @@ import torch
 
 from vswin_dist import models
 from vswin_dist.config import Settings, load_settings
-from vswin_dist.data.loader import train_batches
+from vswin_dist.data.loader import TrainLoader
 from vswin_dist.data.mixing import cross_entropy, mix
-from vswin_dist.data.plan import Plan
+from vswin_dist.data.plan import make_plan
 from vswin_dist.evaluation.evaluate import Rank, Views, evaluate
 from vswin_dist.evaluation.metrics import Scores
 from vswin_dist.manifest import read_manifest
@@ -24,7 +24,7 @@ from vswin_dist.models.stochastic import sample_keys
 def train(s: Settings, steps: int | None = None) -> tuple[torch.nn.Module, list[float]]:
     """Train in fp32; returns the model and the loss of each global batch."""
     manifest = read_manifest(s.data.train)
-    plan = Plan(manifest.fingerprint, len(manifest.samples), s.run.seed, s.training.global_batch)
+    plan = make_plan(manifest, s.data, s.run.seed, s.training.global_batch)
     total = plan.steps_per_epoch * s.training.epochs
     torch.manual_seed(s.run.seed)
     model = models.build_model(s.model.name, num_classes=len(manifest.classes), drop_path_rate=s.model.drop_path_rate,
@@ -38,7 +38,7 @@ def train(s: Settings, steps: int | None = None) -> tuple[torch.nn.Module, list[
     mean, std = (torch.tensor(x).view(1, 3, 1, 1, 1) for x in (s.data.mean, s.data.std))
     losses = []
     last = min(steps or total, total)
-    batches = train_batches(manifest, s.data, plan, range(last), 0, 1, s.training.global_batch)
+    batches = TrainLoader(manifest, s.data, plan, 0, 1, s.training.global_batch, last)
     for step, batch in enumerate(batches):
         warm = min(step / (s.optim.warmup_epochs * plan.steps_per_epoch), 1.0)
         factor = (s.optim.warmup_start + (1 - s.optim.warmup_start) * warm) * (1 + math.cos(math.pi * step / total)) / 2
@@ -46,7 +46,7 @@ def train(s: Settings, steps: int | None = None) -> tuple[torch.nn.Module, list[
             group["lr"] = s.optim.lr * group["ratio"] * factor
         clips, targets = mix((batch["clips"].float() - mean) / std, batch["labels"], len(manifest.classes), s.data,
                              s.run.seed, step, 0)
-        logits = model(clips, sample_keys(s.run.seed, step, batch["indices"]))
+        logits = model(clips, sample_keys(s.run.seed, step, batch["draws"]))
         loss = cross_entropy(logits, targets, s.optim.label_smoothing)
         optimizer.zero_grad()
         loss.backward()

@@ -1,82 +1,54 @@
 """Batches of clips, read from the shards in the order of the plan.
 
-Members are fetched by offset through the manifest, checked, decoded and augmented in worker processes started by
-forkserver (s3fs does not survive a fork), several batches ahead. What a sample looks like depends on
-(seed, epoch, sample index) alone.
+Worker processes are started by forkserver (s3fs does not survive a fork). Worker w of W makes the batches w, w + W,
+w + 2W, ... of its rank, so it knows what it will need and has the bytes on the way before it decodes. Memory is bounded:
+`data.prefetch` decoded batches and what `fetch.read_ahead` states for each worker. What a sample looks like depends
+on (seed, epoch, sample, copy) alone.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypedDict
+import itertools
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Generic, TypedDict, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vswin_dist import storage
 from vswin_dist.config.schema import DataSettings
-from vswin_dist.data import sampling
 from vswin_dist.data.augment import augment, clip_rng
-from vswin_dist.data.decode import Frames, decode_frames
+from vswin_dist.data.clips import train_clip, video_views
+from vswin_dist.data.fetch import Members, read_ahead
 from vswin_dist.data.mirror import flipped_classes
-from vswin_dist.data.plan import Plan
-from vswin_dist.data.transforms import crop_resize
-from vswin_dist.errors import DataError
-from vswin_dist.manifest import Manifest, shard_url
+from vswin_dist.data.plan import Draw, Plan, check_batch
+from vswin_dist.data.quarantine import Bad
+from vswin_dist.errors import CheckpointError, DataError
+from vswin_dist.manifest import Manifest
 
-AUGMENTATION = 1  # first word of the random streams of this module
+AUGMENTATION, SUBSTITUTION = 1, 2  # first words of this module's random streams
+SUBSTITUTES = 32  # tried for one place
+
+T = TypeVar("T")
 
 
 class Batch(TypedDict):
-    """clips uint8 [B, 3, T, H, W]; labels int64 [B]; indices int64 [B], the samples' numbers in the manifest."""
+    """clips uint8 [B, 3, T, H, W]; labels int64 [B]; indices int64 [B], the samples' numbers in the manifest.
+
+    draws int64 [B] are what random streams of the model are keyed by: the number of the sample that the plan had put
+    there, plus the number of samples for each earlier draw of it in the epoch. `bad` are those that did not decode.
+    """
 
     clips: Tensor
     labels: Tensor
     indices: Tensor
-
-
-def fetch_member(manifest: Manifest, base: str, index: int) -> bytes:
-    """The bytes of sample `index`'s video, checked against the manifest.
-
-    Raises:
-        DataError: the shard is cut short, or the bytes are not those that were packed.
-    """
-    sample = manifest.samples[index]
-    url = shard_url(base, manifest.shards[sample.shard])
-    data = storage.read_range(url, sample.offset, sample.size)
-    if zlib.crc32(data) != sample.crc32:
-        raise DataError(f"{url}: sample {sample.key!r} at offset {sample.offset} is damaged (crc32 differs from the "
-                        "manifest's). Run data-prep verify.")
-    return data
-
-
-def _decode(manifest: Manifest, base: str, index: int, indices: np.ndarray) -> Frames:
-    sample = manifest.samples[index]
-    return decode_frames(fetch_member(manifest, base, index), indices, sample.frames, sample.key)
-
-
-class TrainClips(Dataset[tuple[Tensor, int, int]]):
-    """(epoch, sample index) -> (augmented clip uint8 [3, T, size, size], class id, sample index)."""
-
-    def __init__(self, manifest: Manifest, base: str, settings: DataSettings, seed: int) -> None:
-        self.manifest, self.base, self.settings, self.seed = manifest, base, settings, seed
-        self.flipped = flipped_classes(manifest.classes, settings.flip_labels)
-
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int, int]:
-        epoch, index = item
-        s, sample = self.settings, self.manifest.samples[index]
-        rng = np.random.default_rng([AUGMENTATION, self.seed, epoch, index])
-        indices = sampling.train_indices(sample.frames, s.frames, s.stride, s.sampling, rng)
-        flipped = self.flipped[sample.class_id]
-        flip = rng.random() < s.flip and flipped is not None
-        label = flipped if flip and flipped is not None else sample.class_id
-        frames = _decode(self.manifest, self.base, index, indices)
-        box = sampling.train_box(frames.shape[1], frames.shape[2], s.crop_scale, s.crop_ratio, rng)
-        clip = crop_resize(frames, box, s.size, flip)
-        return augment(clip, s, clip_rng(self.seed, epoch, index)), label, index
+    draws: Tensor
+    bad: list[Bad]
 
 
 class ViewBatch(TypedDict):
@@ -88,86 +60,200 @@ class ViewBatch(TypedDict):
     missing: list[tuple[int, str]]
 
 
-class TestClips(Dataset[tuple[Tensor | str, int, int]]):
-    """Sample index -> (views uint8 [V, 3, T, size, size], or why there are none; class id; sample index)."""
+@dataclass(frozen=True)
+class _Failure:
+    """What ends the loader, as a value: an exception from a worker would arrive as a page of its trace."""
 
-    __test__ = False  # not a test case
+    message: str
 
-    def __init__(self, manifest: Manifest, base: str, settings: DataSettings, clips: int, crops: int,
-                 shuffle_frames: bool = False) -> None:
+
+class _Stream(IterableDataset[Any], Generic[T]):
+    """The batches of one rank; in a worker process, that worker's share of them."""
+
+    def __init__(self, manifest: Manifest, base: str, settings: DataSettings) -> None:
         self.manifest, self.base, self.settings = manifest, base, settings
-        self.clips, self.crops, self.shuffle_frames = clips, crops, shuffle_frames
+        self.environment = storage.environment()
 
-    def __getitem__(self, index: int) -> tuple[Tensor | str, int, int]:
-        sample = self.manifest.samples[index]
+    def batches(self) -> Iterator[list[T]]:
+        """All batches of the rank, in order."""
+        raise NotImplementedError
+
+    def number(self, item: T) -> int:
+        """The sample that `item` stands for."""
+        raise NotImplementedError
+
+    def collate(self, items: list[tuple[T, Future[bytes]]], members: Members) -> Any:
+        """One batch from its items and their bytes."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        if worker:
+            os.environ.update(self.environment)
+        first, every = (worker.id, worker.num_workers) if worker else (0, 1)
+        mine = itertools.islice(self.batches(), first, None, every)
+        members = Members(self.manifest, self.base, self.settings.cache_gb)
+        ahead = read_ahead(mine, lambda item: members.read(self.number(item)),
+                           lambda item: self.manifest.samples[self.number(item)].size)
         try:
-            data = fetch_member(self.manifest, self.base, index)
-            views = video_views(data, sample.frames, sample.key, self.settings, self.clips, self.crops)
-        except (DataError, FileNotFoundError) as error:  # evaluation never substitutes: the video is missing
-            return str(error), sample.class_id, index
-        if self.shuffle_frames:
-            order = np.random.default_rng([AUGMENTATION, index]).permutation(views.shape[2])
-            views = views[:, :, torch.from_numpy(order)]
-        return views, sample.class_id, index
+            for items in ahead:
+                yield self.collate(items, members)
+        except DataError as error:
+            yield _Failure(str(error))
+        finally:
+            ahead.close()  # type: ignore[attr-defined]
+            members.close()
 
 
-def video_views(data: bytes, frames: int, name: str, s: DataSettings, clips: int, crops: int) -> Tensor:
-    """The test views of one video, uint8 [clips * crops, 3, T, size, size]; clip by clip.
+class _TrainStream(_Stream[Draw]):
+    """A rank's micro-batches of the global steps `steps`."""
 
-    Several crops are cut at full short side (`size` pixels of it, as published); a single one is the centre
-    ``size / short_side`` of the frame.
-    """
-    times = sampling.test_indices(frames, s.frames, s.stride, s.sampling, clips)
-    decoded = decode_frames(data, np.concatenate(times), frames, name)
-    height, width = decoded.shape[1:3]
-    boxes = sampling.test_boxes(height, width, s.size, s.size if crops > 1 else s.short_side, crops)
-    return torch.stack([crop_resize(decoded[i * s.frames:(i + 1) * s.frames], box, s.size)
-                        for i in range(clips) for box in boxes])
-
-
-def _collate(items: list[tuple[Tensor, int, int]]) -> Batch:
-    clips, labels, indices = zip(*items, strict=True)
-    return {"clips": torch.stack(clips), "labels": torch.tensor(labels), "indices": torch.tensor(indices)}
-
-
-def _collate_views(items: list[tuple[Tensor | str, int, int]]) -> ViewBatch:
-    whole = [item for item in items if isinstance(item[0], Tensor)]
-    views = torch.stack([v for v, _, _ in whole if isinstance(v, Tensor)]) if whole else torch.empty(0)
-    return {"views": views, "labels": torch.tensor([c for _, c, _ in whole], dtype=torch.int64),
-            "indices": torch.tensor([i for _, _, i in whole], dtype=torch.int64),
-            "missing": [(i, v) for v, _, i in items if isinstance(v, str)]}
-
-
-def _loader(dataset: Dataset, batches: Iterable[list[Any]], collate: Callable[[list[Any]], Any],
-            settings: DataSettings, pin: bool) -> Iterator[Any]:
-    workers: dict[str, Any] = {}
-    if settings.workers:
-        context = torch.multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["vswin_dist.data.loader"])
-        workers = {"num_workers": settings.workers, "prefetch_factor": settings.prefetch,
-                   "multiprocessing_context": context}
-    return iter(DataLoader(dataset, batch_sampler=batches, collate_fn=collate, pin_memory=pin, **workers))
-
-
-class _Steps:
-    """The batch sampler of one rank: its micro-batches from one step to another, across epochs."""
-
-    def __init__(self, plan: Plan, steps: range, rank: int, world: int, micro_batch: int) -> None:
+    def __init__(self, manifest: Manifest, settings: DataSettings, plan: Plan, steps: range, rank: int, world: int,
+                 micro_batch: int) -> None:
+        super().__init__(manifest, settings.train, settings)
         self.plan, self.steps, self.rank, self.world, self.micro_batch = plan, steps, rank, world, micro_batch
+        self.flipped = flipped_classes(manifest.classes, settings.flip_labels)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def batches(self) -> Iterator[list[Draw]]:
         return self.plan.micro_batches(self.steps, self.rank, self.world, self.micro_batch)
 
+    def number(self, item: Draw) -> int:
+        return item.sample
 
-def train_batches(manifest: Manifest, settings: DataSettings, plan: Plan, steps: range, rank: int, world: int,
-                  micro_batch: int, pin: bool = False) -> Iterator[Batch]:
-    """`rank`'s micro-batches of the global steps `steps`, in order: accumulation x len(steps) of them."""
-    dataset = TrainClips(manifest, settings.train, settings, plan.seed)
-    return _loader(dataset, _Steps(plan, steps, rank, world, micro_batch), _collate, settings, pin)
+    def collate(self, items: list[tuple[Draw, Future[bytes]]], members: Members) -> Batch:
+        clips, labels, numbers, bad = [], [], [], []
+        for draw, data in items:
+            clip, label, number, failed = self.clip(draw, data.result(), members)
+            clips.append(augment(clip, self.settings, clip_rng(self.plan.seed, draw.epoch, draw.sample, draw.copy)))
+            labels.append(label)
+            numbers.append(number)
+            bad += failed
+        draws = [d.sample + d.copy * self.plan.num_samples for d, _ in items]
+        return {"clips": torch.stack(clips), "labels": torch.tensor(labels),
+                "indices": torch.tensor(numbers), "draws": torch.tensor(draws), "bad": bad}
+
+    def clip(self, draw: Draw, data: bytes, members: Members) -> tuple[Tensor, int, int, list[Bad]]:
+        """(clip, its class, the sample that it shows, what did not decode before it).
+
+        Raises:
+            DataError: no substitute decodes either.
+        """
+        copy = [draw.copy] if draw.copy else []
+        rng = np.random.default_rng([AUGMENTATION, self.plan.seed, draw.epoch, draw.sample, *copy])
+        number, failed = draw.sample, []
+        substitutes = None
+        for _ in range(SUBSTITUTES):
+            try:
+                sample = self.manifest.samples[number]
+                clip, label = train_clip(data, sample, self.settings, self.flipped[sample.class_id], rng)
+                return clip, label, number, [Bad(draw.step, draw.place, draw.epoch, i, why, number) for i, why in failed]
+            except DataError as error:
+                failed.append((number, str(error)))
+            if substitutes is None:  # in a stream of their own, which also augments them
+                substitutes = rng = np.random.default_rng(
+                    [SUBSTITUTION, self.plan.seed, draw.epoch, draw.step, draw.place])
+            number = self.plan.any_sample(substitutes)
+            data = members.read(number)
+        raise DataError(f"step {draw.step}, place {draw.place}: {SUBSTITUTES} videos in a row do not decode; the last: "
+                        f"{failed[-1][1]}")
+
+
+class _ViewStream(_Stream[int]):
+    """The test views of `lists` of sample indices. Evaluation never substitutes: what cannot be read is missing."""
+
+    def __init__(self, manifest: Manifest, base: str, settings: DataSettings, lists: list[list[int]], clips: int,
+                 crops: int, shuffle_frames: bool) -> None:
+        super().__init__(manifest, base, settings)
+        self.lists, self.clips, self.crops, self.shuffle_frames = lists, clips, crops, shuffle_frames
+
+    def batches(self) -> Iterator[list[int]]:
+        return iter(self.lists)
+
+    def number(self, item: int) -> int:
+        return item
+
+    def collate(self, items: list[tuple[int, Future[bytes]]], members: Members) -> ViewBatch:
+        views, indices, missing = [], [], []
+        for number, data in items:
+            sample = self.manifest.samples[number]
+            try:
+                found = video_views(data.result(), sample.frames, sample.key, self.settings, self.clips, self.crops)
+            except DataError as error:
+                missing.append((number, str(error)))
+                continue
+            if self.shuffle_frames:
+                order = np.random.default_rng([AUGMENTATION, number]).permutation(found.shape[2])
+                found = found[:, :, torch.from_numpy(order)]
+            views.append(found)
+            indices.append(number)
+        labels = [self.manifest.samples[i].class_id for i in indices]
+        return {"views": torch.stack(views) if views else torch.empty(0), "missing": missing,
+                "labels": torch.tensor(labels, dtype=torch.int64), "indices": torch.tensor(indices, dtype=torch.int64)}
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _iterate(stream: _Stream[Any], pin: bool) -> Iterator[Any]:
+    """The batches of `stream`, made by the processes that its settings ask for; a failure is raised here."""
+    workers: dict[str, Any] = {}
+    if stream.settings.workers:
+        context = torch.multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["vswin_dist.data.loader"])
+        workers = {"num_workers": stream.settings.workers, "prefetch_factor": stream.settings.prefetch,
+                   "multiprocessing_context": context}
+    for batch in DataLoader(stream, batch_size=None, collate_fn=_as_it_is, pin_memory=pin, **workers):
+        if isinstance(batch, _Failure):
+            raise DataError(batch.message)
+        yield batch
+
+
+class TrainLoader:
+    """One rank's micro-batches, from the step that its state names to `last`; accumulation x steps of them.
+
+    The state is the next global step and what the order depends on: nothing of ranks or workers, so that any number
+    of them goes on from it, at once and with the batch that would have come.
+
+    Args:
+        last: the global step before which it ends.
+        pin: hand out batches in pinned memory, for a GPU.
+    """
+
+    def __init__(self, manifest: Manifest, settings: DataSettings, plan: Plan, rank: int, world: int, micro_batch: int,
+                 last: int, pin: bool = False) -> None:
+        self.accumulation = check_batch(plan.global_batch, world, micro_batch)
+        self.manifest, self.settings, self.plan, self.last, self.pin = manifest, settings, plan, last, pin
+        self.rank, self.world, self.micro_batch = rank, world, micro_batch
+        self.step = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The micro-batches from `step` on; `step` goes up with the last one of each."""
+        stream = _TrainStream(self.manifest, self.settings, self.plan, range(self.step, self.last), self.rank, self.world,
+                              self.micro_batch)
+        for number, batch in enumerate(_iterate(stream, self.pin), start=1):
+            if number % self.accumulation == 0:
+                self.step += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The next step and the plan's identity, as JSON takes them. A step of which a part was handed out is next."""
+        return {"step": self.step, "plan": self.plan.identity}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`.
+
+        Raises:
+            CheckpointError: it belongs to another order of samples.
+        """
+        mine = self.plan.identity
+        if differing := [f"{k} {state['plan'].get(k)!r}, not {v!r}" for k, v in mine.items() if state["plan"].get(k) != v]:
+            raise CheckpointError(f"the position in the data is one of another plan: {'; '.join(differing)}. Resume with "
+                                  "the data and the settings of the start.")
+        self.step = int(state["step"])
 
 
 def test_batches(manifest: Manifest, base: str, settings: DataSettings, batches: list[list[int]], clips: int,
                  crops: int, shuffle_frames: bool = False, pin: bool = False) -> Iterator[ViewBatch]:
     """The ``clips x crops`` views of the videos in `batches` (lists of sample indices)."""
-    dataset = TestClips(manifest, base, settings, clips, crops, shuffle_frames)
-    return _loader(dataset, batches, _collate_views, settings, pin)
+    return _iterate(_ViewStream(manifest, base, settings, batches, clips, crops, shuffle_frames), pin)

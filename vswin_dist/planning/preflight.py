@@ -10,7 +10,7 @@ import torch
 from vswin_dist import models, storage
 from vswin_dist.config import Settings
 from vswin_dist.data.mixing import check_pairs
-from vswin_dist.data.plan import Plan, check_batch
+from vswin_dist.data.plan import check_batch, make_plan
 from vswin_dist.data.sampling import resolve
 from vswin_dist.manifest import check_same_classes, check_shard_sizes, read_manifest
 from vswin_dist.tracking.run import tracking_uri
@@ -44,7 +44,7 @@ def preflight(s: Settings) -> Prepared:
         check_shard_sizes(val, s.data.val)
     accumulation = check_batch(s.training.global_batch, s.training.workers, s.training.micro_batch)
     check_pairs(s.data, s.training.micro_batch)
-    plan = Plan(train.fingerprint, len(train.samples), s.run.seed, s.training.global_batch)
+    plan = make_plan(train, s.data, s.run.seed, s.training.global_batch)
     with torch.device("meta"):
         model = models.build_model(s.model.name, num_classes=len(train.classes), **model_overrides(s))
     report = ""

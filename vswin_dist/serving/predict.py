@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from vswin_dist import storage
+from vswin_dist.data.clips import video_views
 from vswin_dist.data.decode import count_frames
-from vswin_dist.data.loader import video_views
 from vswin_dist.data.transforms import normalise
 from vswin_dist.errors import CheckpointError, DataError
 from vswin_dist.serving.export import ModelCard, load_model

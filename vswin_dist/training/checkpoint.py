@@ -39,6 +39,7 @@ class Position:
     fingerprint: str  # of the training set
     settings: dict[str, Any]
     groups: list[dict[str, Any]]  # hyperparameters of each parameter group
+    data: dict[str, Any]  # the loader's state: the next step, and what the order of samples depends on
     metrics: dict[str, float] = field(default_factory=dict)  # of the evaluation at this step, if there was one
 
 

@@ -114,9 +114,10 @@ class Engine:
                 group["lr"] = rate
         return rates
 
-    def gradient_norm(self) -> float:
-        """The global norm of the last step's gradient, before clipping."""
-        return float(self.engine.get_global_grad_norm())
+    def gradient_norm(self) -> Tensor:
+        """The global norm of the last step's gradient, before clipping; on the device, where nothing waits for it."""
+        norm = self.engine.get_global_grad_norm()
+        return norm.detach().float() if isinstance(norm, Tensor) else torch.full((), float(norm), device=self.device)
 
     # --- the portable state -------------------------------------------------------------------------------------
 

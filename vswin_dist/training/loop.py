@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 from vswin_dist.config import Settings, from_flat
-from vswin_dist.data.loader import Batch, train_batches
+from vswin_dist.data.loader import Batch, TrainLoader
 from vswin_dist.data.mixing import cross_entropy, mix
-from vswin_dist.data.plan import Plan, check_batch
+from vswin_dist.data.plan import Plan, make_plan
+from vswin_dist.data.quarantine import Bad, Ledger
 from vswin_dist.data.transforms import normalise
 from vswin_dist.evaluation.evaluate import Rank, Views, evaluate
 from vswin_dist.manifest import Manifest, read_manifest
@@ -52,22 +53,26 @@ def train(job: Job, rank: Rank, report: Report) -> None:
     s = from_flat(job.settings)
     manifest = read_manifest(s.data.train)
     val = read_manifest(s.data.val) if s.data.val else None
-    plan = Plan(manifest.fingerprint, len(manifest.samples), s.run.seed, s.training.global_batch)
-    accumulation = check_batch(s.training.global_batch, rank.world, s.training.micro_batch)
+    plan = make_plan(manifest, s.data, s.run.seed, s.training.global_batch)
     total = plan.steps_per_epoch * s.training.epochs
     last = min(total, s.training.max_steps or total)
+    loader = TrainLoader(manifest, s.data, plan, rank.rank, rank.world, s.training.micro_batch, last,
+                         pin=rank.device.type == "cuda")
+    accumulation = loader.accumulation
 
     model, _ = initial_model(s, len(manifest.classes), job.tracking_uri)
     engine = Engine(model, parameter_groups(model.named_parameters(), s.optim), s.training, s.optim, accumulation,
                     rank.device)
-    start = restore(engine, job.root)
+    start = restore(engine, loader, job.root)
+    ledger = Ledger(job.root, manifest, s.data.train)
+    ledger.load()
+    ledger.check(plan, start, s.data.max_bad_samples)
     logger = MetricLogger(job.tracking_uri, job.run_id) if rank.rank == 0 else None
     if rank.rank == 0:
-        print(f"{len(manifest.samples)} samples, {plan.steps_per_epoch} steps an epoch, {plan.left_out} left out of "
+        print(f"{plan.epoch_samples} samples, {plan.steps_per_epoch} steps an epoch, {plan.left_out} left out of "
               f"each; {rank.world} ranks x {s.training.micro_batch} x {accumulation}; steps {start}..{last}", flush=True)
 
-    batches = train_batches(manifest, s.data, plan, range(start, last), rank.rank, rank.world, s.training.micro_batch,
-                            pin=rank.device.type == "cuda")
+    batches = iter(loader)
     pending: list[StepFigures] = []
     for step in range(start, last):
         factor = learning_rate_factor(step, plan.steps_per_epoch, s.training.epochs, s.optim)
@@ -80,12 +85,13 @@ def train(job: Job, rank: Rank, report: Report) -> None:
         every = s.training.checkpoint_every or plan.steps_per_epoch
         saving = done % every == 0 or done == last
         if saving or epoch_ends or len(pending) == LOG_EVERY:
-            flush(pending, logger, rank, plan.steps_per_epoch, last)
+            bad = flush(pending, logger, rank, plan.steps_per_epoch, last)
+            quarantine(ledger, bad, done, plan, s, rank, logger)
         metrics: dict[str, float] = {}
         if val and (done == last or (epoch_ends and (done // plan.steps_per_epoch) % s.evaluation.every_epochs == 0)):
             metrics = validate(engine, val, s, rank, logger, done)
         if saving or metrics:
-            url = save(engine, job, s, manifest, plan, done, metrics, rank)
+            url = save(engine, job, s, manifest, loader, done, metrics, rank)
             report({"step": done, "epoch": done / plan.steps_per_epoch, **metrics}, url)
     report_memory(rank, logger, last)
     if logger:
@@ -107,12 +113,14 @@ def report_memory(rank: Rank, logger: MetricLogger | None, step: int) -> None:
 
 @dataclass
 class StepFigures:
-    """What is known of one step; the loss stays on the device until it is flushed."""
+    """What is known of one step; tensors stay on the device until they are flushed, so that no step waits for it."""
 
     step: int
     loss: torch.Tensor  # of this rank, mean over its micro-batches
+    grad_norm: torch.Tensor
     seconds: float
     values: dict[str, float]
+    bad: list[Bad]  # videos of this rank's batches that did not decode
 
 
 def train_step(engine: Engine, batches: Iterator[Batch], step: int, accumulation: int, s: Settings,
@@ -121,44 +129,73 @@ def train_step(engine: Engine, batches: Iterator[Batch], step: int, accumulation
     began, waited = time.perf_counter(), 0.0
     loss_sum = torch.zeros((), device=rank.device)
     place = rank.rank * accumulation * s.training.micro_batch  # of the next clip in the global batch
+    bad: list[Bad] = []
     for _ in range(accumulation):
         asked = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - asked
+        bad += batch["bad"]
         clips = normalise(batch["clips"].to(rank.device, non_blocking=True), s.data.mean, s.data.std,
                           engine.input_dtype)  # [B, 3, T, H, W]
         labels = batch["labels"].to(rank.device, non_blocking=True)  # [B]
         clips, targets = mix(clips, labels, classes, s.data, s.run.seed, step, place)
         place += len(clips)
-        keys = sample_keys(s.run.seed, step, batch["indices"]).to(rank.device)
+        keys = sample_keys(s.run.seed, step, batch["draws"].to(rank.device, non_blocking=True))
         logits = engine.forward(clips, keys)  # [B, K]
         loss = cross_entropy(logits, targets, s.optim.label_smoothing)
         engine.backward(loss)
         engine.step()
         loss_sum += loss.detach()
     seconds = time.perf_counter() - began
-    return StepFigures(step, loss_sum / accumulation, seconds, {
-        "train/grad_norm": engine.gradient_norm(), "train/clips_per_second": s.training.global_batch / seconds,
-        "train/data_wait_share": waited / seconds})
+    return StepFigures(step, loss_sum / accumulation, engine.gradient_norm(), seconds, {
+        "train/clips_per_second": s.training.global_batch / seconds, "train/data_wait_share": waited / seconds}, bad)
 
 
-def flush(pending: list[StepFigures], logger: MetricLogger | None, rank: Rank, steps_per_epoch: int, last: int) -> None:
-    """Average the pending losses over the ranks in one operation; rank 0 logs them. Empties `pending`."""
-    losses = torch.stack([f.loss for f in pending])
+def flush(pending: list[StepFigures], logger: MetricLogger | None, rank: Rank, steps_per_epoch: int,
+          last: int) -> list[Bad]:
+    """Average the pending losses over the ranks in one operation; rank 0 logs them. Empties `pending`.
+
+    Returns:
+        What did not decode on any rank, the same on all of them.
+    """
+    bad = [b for f in pending for b in f.bad]
+    losses = torch.stack([*(f.loss for f in pending), torch.full((), float(len(bad)), device=rank.device)])
     if rank.world > 1:
         dist.all_reduce(losses)
+        if losses[-1] > 0:
+            parts: list[list[Bad]] = [[]] * rank.world
+            dist.all_gather_object(parts, bad)
+            bad = [b for part in parts for b in part]
         losses /= rank.world
     if logger:
-        for figures, loss in zip(pending, losses.tolist(), strict=True):
+        norms = torch.stack([f.grad_norm for f in pending]).tolist()
+        for figures, loss, norm in zip(pending, losses[:-1].tolist(), norms, strict=True):
             done = figures.step + 1
-            logger.log(done, {"train/loss": loss, "epoch": done / steps_per_epoch, **figures.values})
+            logger.log(done, {"train/loss": loss, "train/grad_norm": norm, "epoch": done / steps_per_epoch,
+                              **figures.values})
         done = pending[-1].step + 1
         seconds = sum(f.seconds for f in pending) / len(pending)
         clips = pending[0].values["train/clips_per_second"] * pending[0].seconds / seconds
         wait = sum(f.values["train/data_wait_share"] for f in pending) / len(pending)
-        print(f"step {done}/{last}  loss {losses.mean():.4f}  {clips:.1f} clips/s  data wait {wait:.0%}  "
+        print(f"step {done}/{last}  loss {losses[:-1].mean():.4f}  {clips:.1f} clips/s  data wait {wait:.0%}  "
               f"about {seconds * (last - done):.0f} s left", flush=True)
     pending.clear()
+    return bad
+
+
+def quarantine(ledger: Ledger, bad: list[Bad], done: int, plan: Plan, s: Settings, rank: Rank,
+               logger: MetricLogger | None) -> None:
+    """Enter `bad` into the ledger, the same on all ranks; rank 0 writes it. Stops the training beyond the budget."""
+    if bad:
+        ledger.add(bad)
+        if logger:
+            ledger.write()
+            print(f"step {done}: {len(ledger.entries)} videos do not decode and were replaced; see {ledger.url}", flush=True)
+        if rank.world > 1:
+            dist.barrier()  # a rank that stops ends the others: not before the ledger is written
+    if logger:
+        logger.log(done, ledger.metrics)
+    ledger.check(plan, done, s.data.max_bad_samples)
 
 
 def validate(engine: Engine, val: Manifest, s: Settings, rank: Rank, logger: MetricLogger | None,
@@ -174,7 +211,7 @@ def validate(engine: Engine, val: Manifest, s: Settings, rank: Rank, logger: Met
     return scores.metrics()
 
 
-def save(engine: Engine, job: Job, s: Settings, manifest: Manifest, plan: Plan, step: int,
+def save(engine: Engine, job: Job, s: Settings, manifest: Manifest, loader: TrainLoader, step: int,
          metrics: dict[str, float], rank: Rank) -> str | None:
     """Write the checkpoint of `step`; every rank takes part, rank 0 writes and returns its URL."""
     first = rank.rank == 0
@@ -182,10 +219,10 @@ def save(engine: Engine, job: Job, s: Settings, manifest: Manifest, plan: Plan, 
     moments = {n: t.cpu().clone() for n, t in engine.moments() if first}
     url = None
     if first:
-        epoch, within = divmod(step, plan.steps_per_epoch)
+        epoch, within = divmod(step, loader.plan.steps_per_epoch)
         position = Position(
-            step=step, epoch=epoch, samples_into_epoch=within * plan.global_batch, run_id=job.run_id,
-            fingerprint=manifest.fingerprint, settings=job.settings, metrics=metrics,
+            step=step, epoch=epoch, samples_into_epoch=within * loader.plan.global_batch, run_id=job.run_id,
+            fingerprint=manifest.fingerprint, settings=job.settings, data=loader.state_dict(), metrics=metrics,
             groups=[{"label": g.label, "lr_factor": g.lr_factor, "weight_decay": g.weight_decay, "names": g.names}
                     for g in engine.groups])
         card = ModelCard(dict(engine.module.settings),  # type: ignore[arg-type]
@@ -198,13 +235,14 @@ def save(engine: Engine, job: Job, s: Settings, manifest: Manifest, plan: Plan, 
     return url
 
 
-def restore(engine: Engine, root: str) -> int:
-    """Load the newest checkpoint below `root` into the engine; returns the steps done (0 where there is none)."""
+def restore(engine: Engine, loader: TrainLoader, root: str) -> int:
+    """Load the newest checkpoint below `root` into engine and loader; returns the steps done (0: there is none)."""
     found = checkpoint.list_checkpoints(root)
     if not found:
         return 0
     newest = found[-1]
     engine.load_weights(checkpoint.load_tensors(newest.url, checkpoint.MODEL))
     engine.load_moments(checkpoint.load_tensors(newest.url, checkpoint.OPTIMIZER), newest.position.step)
+    loader.load_state_dict(newest.position.data)
     print(f"resumed from {newest.url}", flush=True)
     return newest.position.step

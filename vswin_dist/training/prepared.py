@@ -34,7 +34,8 @@ class Prepared:
         val = f"{len(self.val.samples)} videos" if self.val else "none"
         return "\n".join([
             f"training {s.run.name!r}: {s.model.name}, {self.parameters:,} parameters, {len(self.train.classes)} classes",
-            f"data: {len(self.train.samples)} videos ({self.train.fingerprint}), validation {val}",
+            f"data: {self.plan.epoch_samples} of {len(self.train.samples)} videos ({self.train.fingerprint}), "
+            f"validation {val}; balance {s.data.balance}, {s.data.repeats} times in a batch",
             f"clips: {s.data.frames} frames, {s.data.sampling} sampling",
             f"batch: {s.training.workers} ranks x micro-batch {s.training.micro_batch} x accumulation "
             f"{self.accumulation} = {s.training.global_batch}",

@@ -1,19 +1,23 @@
-"""Clips are functions of (seed, epoch, sample); damage is found; evaluation counts what it cannot read."""
+"""Clips are functions of (seed, epoch, sample); any step can be first; bad videos are replaced, damage stops."""
 
 from __future__ import annotations
 
-import shutil
+import itertools
+import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.shards import with_bad_videos, with_damaged_storage
+from vswin_dist import storage
 from vswin_dist.config import load_settings
-from vswin_dist.data import loader
-from vswin_dist.data.loader import TestClips, TrainClips, train_batches
-from vswin_dist.data.plan import Plan
-from vswin_dist.errors import DataError
+from vswin_dist.data import loader as feeding
+from vswin_dist.data.loader import Batch, TrainLoader
+from vswin_dist.data.plan import Plan, make_plan
+from vswin_dist.errors import CheckpointError, DataError
 from vswin_dist.evaluation.evaluate import Rank, Views, evaluate
 from vswin_dist.manifest import Manifest, read_manifest
 
@@ -22,75 +26,156 @@ def settings(shards: Path, *overrides: str):
     return load_settings("demo", [f"data.train={shards}/train", f"data.val={shards}/val", "data.workers=0", *overrides]).data
 
 
-def test_a_clip_depends_on_seed_epoch_and_sample_alone(motion_shards: Path) -> None:
-    s, manifest = settings(motion_shards), read_manifest(str(motion_shards / "train"))
-    clips = TrainClips(manifest, s.train, s, seed=0)
-    clip, label, index = clips[(1, 5)]
-    assert clip.shape == (3, 16, 32, 32) and clip.dtype == torch.uint8
-    assert (label, index) == (manifest.samples[5].class_id, 5)
-    assert torch.equal(clip, TrainClips(manifest, s.train, s, seed=0)[(1, 5)][0])
-    assert not torch.equal(clip, clips[(2, 5)][0])
-    assert not torch.equal(clip, TrainClips(manifest, s.train, s, seed=1)[(1, 5)][0])
+def loader(shards: Path, *overrides: str, rank: int = 0, world: int = 1, micro: int = 4, last: int = 5, seed: int = 0):
+    s = settings(shards, *overrides)
+    manifest = read_manifest(s.train)
+    return TrainLoader(manifest, s, make_plan(manifest, s, seed, 16), rank, world, micro, last)
 
 
-def test_worker_processes_change_nothing_and_any_step_can_be_first(motion_shards: Path) -> None:
-    s, manifest = settings(motion_shards), read_manifest(str(motion_shards / "train"))
-    plan = Plan(manifest.fingerprint, len(manifest.samples), 0, 16)
-    here = list(train_batches(manifest, s, plan, range(2, 5), 1, 2, 4))
-    there = list(train_batches(manifest, replace(s, workers=2), plan, range(2, 5), 1, 2, 4))
-    assert len(here) == len(there) == 6
-    for a, b in zip(here, there, strict=True):
-        assert torch.equal(a["clips"], b["clips"]) and torch.equal(a["indices"], b["indices"])
+@pytest.fixture(scope="module")
+def whole(motion_shards: Path) -> list[Batch]:
+    """The micro-batches of five steps of three an epoch."""
+    return list(loader(motion_shards))
 
 
 def test_a_flipped_clip_has_the_mirrored_class(motion_shards: Path) -> None:
     """The shards' classes: clockwise, counter-clockwise, down, left, right, up."""
+    whole = ("data.crop_scale=[1,1]", "data.crop_ratio=[1,1]")
+    still, numbers = join(loader(motion_shards, *whole, "data.flip=0", last=2))
     manifest = read_manifest(str(motion_shards / "train"))
-    whole = ("data.crop_scale=[1,1]", "data.crop_ratio=[1,1]", "data.flip=1")
     for rule, classes in (("mirror", [1, 0, 2, 4, 3, 5]), ("keep", list(range(6)))):
-        s = settings(motion_shards, *whole, f"data.flip_labels={rule}")
-        still = replace(s, flip=0.0)
-        for index in range(12):
-            flipped, label, _ = TrainClips(manifest, s.train, s, seed=0)[(0, index)]
-            assert label == classes[manifest.samples[index].class_id]
-            assert torch.equal(flipped, TrainClips(manifest, s.train, still, seed=0)[(0, index)][0].flip(3))
+        batches = list(loader(motion_shards, *whole, "data.flip=1", f"data.flip_labels={rule}", last=2))
+        assert torch.equal(join(batches)[0], still.flip(4))
+        labels = torch.cat([b["labels"] for b in batches]).tolist()
+        assert labels == [classes[manifest.samples[i].class_id] for i in numbers]
     alone = replace(manifest, classes=[c.replace("right", "east") for c in manifest.classes])  # left has no counterpart
-    index = next(i for i, x in enumerate(manifest.samples) if x.class_id == 3)
-    s = settings(motion_shards, *whole)
-    clip, label, _ = TrainClips(alone, s.train, s, seed=0)[(0, index)]
-    assert label == 3 and torch.equal(clip, TrainClips(alone, s.train, replace(s, flip=0.0), seed=0)[(0, index)][0])
+    s = settings(motion_shards, *whole, "data.flip=1")
+    batches = list(TrainLoader(alone, s, make_plan(manifest, s, 0, 16), 0, 1, 4, 2))
+    labels = torch.cat([b["labels"] for b in batches])
+    unflipped = labels == 3
+    assert unflipped.any() and torch.equal(join(batches)[0][unflipped], still[unflipped])
 
 
-def test_augmentation_is_of_the_sample_and_evaluation_has_none(motion_shards: Path) -> None:
-    manifest = read_manifest(str(motion_shards / "train"))
-    plain = settings(motion_shards)
-    s = settings(motion_shards, "data.rand_augment_ops=4", "data.rand_augment_magnitude=30", "data.erasing=1",
-                 "data.mixup=1", "data.flip=1")
-    first, again = (TrainClips(manifest, s.train, s, seed=0)[(1, 5)][0] for _ in range(2))
+def test_augmentation_is_of_the_sample_and_evaluation_has_none(motion_shards: Path, whole: list[Batch]) -> None:
+    strong = ("data.rand_augment_ops=4", "data.rand_augment_magnitude=30", "data.erasing=1", "data.mixup=1")
+    first, again = (join(loader(motion_shards, *strong, micro=m, last=1))[0] for m in (4, 16))
     assert torch.equal(first, again)
-    assert not torch.equal(first, TrainClips(manifest, s.train, plain, seed=0)[(1, 5)][0])
-    val = read_manifest(str(motion_shards / "val"))
-    assert torch.equal(TestClips(val, s.val, s, 2, 3)[0][0], TestClips(val, s.val, plain, 2, 3)[0][0])
+    assert not torch.equal(first, join(whole[:4])[0])
+    val, plain, s = read_manifest(str(motion_shards / "val")), settings(motion_shards), settings(motion_shards, *strong)
+    views = [next(feeding.test_batches(val, s.val, one, [[0]], 2, 3))["views"] for one in (plain, s)]
+    assert torch.equal(*views)
 
 
-def damaged(shards: Path, folder: Path) -> tuple[Manifest, str]:
-    """The validation set with the bytes of sample 3 flipped."""
-    shutil.copytree(shards / "val", folder / "val")
-    manifest = read_manifest(str(folder / "val"))
-    sample = manifest.samples[3]
-    path = folder / "val" / manifest.shards[sample.shard].url
-    data = bytearray(path.read_bytes())
-    data[sample.offset + sample.size // 2] ^= 0xFF
-    path.write_bytes(data)
-    return manifest, str(folder / "val")
+def join(batches: Iterable[Batch]) -> tuple[torch.Tensor, list[int]]:
+    """All clips and sample numbers of `batches`, in order."""
+    found = list(batches)
+    return torch.cat([b["clips"] for b in found]), torch.cat([b["indices"] for b in found]).tolist()
 
 
-def test_damage_stops_training_and_is_counted_in_evaluation(motion_shards: Path, tmp_path: Path) -> None:
-    manifest, url = damaged(motion_shards, tmp_path)
-    s = replace(settings(motion_shards), train=url)
-    with pytest.raises(DataError, match=f"sample '{manifest.samples[3].key}' at offset .* is damaged"):
-        TrainClips(manifest, url, s, seed=0)[(0, 3)]
-    batch = next(iter(loader.test_batches(manifest, url, s, [[2, 3, 4]], 2, 3)))
+def test_a_clip_depends_on_seed_epoch_and_sample_alone(motion_shards: Path, whole: list[Batch]) -> None:
+    clips, numbers = join(whole)
+    assert clips.shape == (80, 3, 16, 32, 32) and clips.dtype == torch.uint8
+    again, same = join(loader(motion_shards, micro=16, last=2))
+    assert torch.equal(clips[:32], again) and numbers[:32] == same
+    twice = next(i for i in numbers[48:] if i in numbers[:48])
+    assert not torch.equal(clips[numbers.index(twice)], clips[48 + numbers[48:].index(twice)]), "another epoch"
+    other, others = join(loader(motion_shards, seed=1, last=1))
+    known = next(i for i in others if i in numbers[:48])
+    assert not torch.equal(clips[numbers.index(known)], other[others.index(known)])
+
+
+def test_repeated_samples_are_augmented_each_time_otherwise(motion_shards: Path) -> None:
+    batch = next(iter(loader(motion_shards, "data.repeats=2", micro=16)))
+    assert batch["indices"][:8].tolist() == batch["indices"][8:].tolist()
+    assert not any(torch.equal(a, b) for a, b in zip(batch["clips"][:8], batch["clips"][8:], strict=True))
+    assert batch["draws"].tolist() == [*batch["indices"][:8].tolist(), *(batch["indices"][8:] + 52).tolist()]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_it_goes_on_in_mid_epoch_with_the_batch_that_would_have_come(motion_shards: Path, whole: list[Batch],
+                                                                          workers: int) -> None:
+    begun = loader(motion_shards, f"data.workers={workers}")
+    before = list(itertools.islice(begun, 10))  # 2 steps and a half
+    state = json.loads(json.dumps(begun.state_dict()))
+    assert state["step"] == 2
+    resumed = loader(motion_shards, f"data.workers={workers}")
+    resumed.load_state_dict(state)
+    for a, b in zip(whole, before[:8] + list(resumed), strict=True):
+        assert torch.equal(a["clips"], b["clips"])
+        assert all(torch.equal(a[k], b[k]) for k in ("labels", "indices", "draws"))
+
+
+def test_two_ranks_then_one_then_two_read_the_same(motion_shards: Path, whole: list[Batch]) -> None:
+    clips, numbers = join(whole)
+    state, parts, sequence = {}, [], []
+    for world, last in ((2, 2), (1, 4), (2, 5)):
+        ranks = [loader(motion_shards, rank=r, world=world, last=last, micro=8) for r in range(world)]
+        for one in ranks:
+            one.load_state_dict(state or one.state_dict())
+        for micro in zip(*ranks, strict=True):
+            part, order = join(micro)
+            parts.append(part)
+            sequence += order
+        assert len({json.dumps(one.state_dict()) for one in ranks}) == 1
+        state = ranks[0].state_dict()
+    assert sequence == numbers and torch.equal(torch.cat(parts), clips)
+
+
+def test_a_position_of_another_order_is_refused(motion_shards: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"one of another plan: seed 1, not 0\. Resume with"):
+        loader(motion_shards).load_state_dict(loader(motion_shards, seed=1).state_dict())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_video_is_replaced_by_the_same_one_always(motion_shards: Path, tmp_path: Path, workers: int) -> None:
+    with_bad_videos(motion_shards / "train", tmp_path / "train", [3, 17])
+    batches = list(loader(tmp_path, f"data.workers={workers}", last=3))
+    bad = [b for batch in batches for b in batch["bad"]]
+    plan: Plan = loader(tmp_path).plan
+    expected = [(s, p) for s in range(3) for p, i in enumerate(plan.batch(s).samples) if i in (3, 17)]
+    assert [(b.step, b.place) for b in bad] == expected and len(bad) == 2
+    assert all("cannot be decoded" in b.reason for b in bad)
+    clips, numbers = join(batches)
+    assert sum(a != b for a, b in zip(numbers, plan.epoch_steps(0).samples.ravel(), strict=True)) == 2
+    for b in bad:
+        assert numbers[16 * b.step + b.place] == b.substitute not in (3, 17)
+    labels = torch.cat([b["labels"] for b in batches])
+    assert labels.tolist() == [read_manifest(f"{tmp_path}/train").samples[i].class_id for i in numbers]
+    ranks = [list(loader(tmp_path, rank=r, world=2, micro=8, last=3)) for r in range(2)]
+    assert torch.equal(clips, join(m for micro in zip(*ranks, strict=True) for m in micro)[0])
+
+
+def test_nothing_but_bad_videos_stops(motion_shards: Path, tmp_path: Path) -> None:
+    with_bad_videos(motion_shards / "train", tmp_path / "train", range(52))
+    with pytest.raises(DataError, match=r"step 0, place 0: 32 videos in a row do not decode; the last: .* cannot be"):
+        next(iter(loader(tmp_path)))
+
+
+def test_damaged_storage_stops_training(motion_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.0)
+    manifest = with_damaged_storage(motion_shards / "train", tmp_path / "train", 3)
+    with pytest.raises(DataError) as error:
+        list(loader(tmp_path))
+    text = str(error.value)
+    assert text.startswith(f"sample {manifest.samples[3].key!r} cannot be read: {tmp_path}/train/")
+    assert "are damaged (crc32" in text and "after 5 attempts" in text
+    assert text.endswith(f"run data-prep verify --repair {tmp_path}/train") and "\n" not in text
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_missing_shard_stops_training_in_one_line(motion_shards: Path, tmp_path: Path, workers: int) -> None:
+    with_bad_videos(motion_shards / "train", tmp_path / "train", [])
+    next((tmp_path / "train").glob("*.tar")).unlink()
+    with pytest.raises(DataError, match=r"^sample .* does not exist\. If the storage answers otherwise") as error:
+        list(loader(tmp_path, f"data.workers={workers}"))
+    assert "\n" not in str(error.value)
+
+
+def test_evaluation_counts_what_it_cannot_read(motion_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.0)
+    manifest: Manifest = with_damaged_storage(motion_shards / "val", tmp_path / "val", 3)
+    url, s = str(tmp_path / "val"), settings(motion_shards)
+    batch = next(feeding.test_batches(manifest, url, s, [[2, 3, 4]], 2, 3))
     assert batch["views"].shape == (2, 6, 3, 16, 32, 32) and batch["indices"].tolist() == [2, 4]
     assert [i for i, _ in batch["missing"]] == [3]
 
@@ -101,11 +186,13 @@ def test_damage_stops_training_and_is_counted_in_evaluation(motion_shards: Path,
     assert (scores.expected, scores.scored) == (12, 11)
     assert [key for key, _ in scores.missing] == [manifest.samples[3].key]
     assert scores.top1 == pytest.approx(100 * sum(x.class_id == 5 for i, x in enumerate(manifest.samples) if i != 3) / 11)
+    there = list(feeding.test_batches(manifest, s.val, replace(s, workers=2), [[2, 3], [4], [5, 6], [7]], 1, 1))
+    assert [b["indices"].tolist() for b in there] == [[2, 3], [4], [5, 6], [7]]
 
 
 def test_frames_in_random_order_are_the_same_frames(motion_shards: Path) -> None:
     s, manifest = settings(motion_shards), read_manifest(str(motion_shards / "val"))
-    ordered, shuffled = (TestClips(manifest, s.val, s, 1, 1, x)[0][0] for x in (False, True))
+    ordered, shuffled = (next(feeding.test_batches(manifest, s.val, s, [[0]], 1, 1, x))["views"][0] for x in (False, True))
     assert not torch.equal(ordered, shuffled)
     sums = [sorted(v[0].float().sum((0, 2, 3)).tolist()) for v in (ordered, shuffled)]
     assert sums[0] == sums[1]

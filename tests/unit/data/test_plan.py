@@ -1,32 +1,67 @@
-"""The order of global batches: exactly once, and independent of the number of ranks."""
+"""The order of global batches: exactly once, balanced, and independent of the number of ranks."""
+
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from vswin_dist.data.plan import Plan, check_batch, rank_share
+from vswin_dist.config.schema import DataSettings
+from vswin_dist.data.plan import Plan, check_batch, make_plan, rank_share
 from vswin_dist.errors import ConfigError
+from vswin_dist.manifest import Manifest, Sample, Shard
+
+WORLDS = (1, 2, 4, 64, 4096)
 
 
 def plan(samples: int = 103, batch: int = 16, seed: int = 0) -> Plan:
     return Plan("f" * 32, samples, seed, batch)
 
 
+def manifest(*sizes: int) -> Manifest:
+    """`sizes[c]` samples of class ``c0``, ``c1``, ..., one class after the other."""
+    labels = [c for c, n in enumerate(sizes) for _ in range(n)]
+    samples = [Sample(f"k{i}", c, 0, i, 1, 0, "mp4", 9, 1.0, 9.0, 8, 8, "") for i, c in enumerate(labels)]
+    return Manifest("m", "train", [f"c{c}" for c in range(len(sizes))], {}, [Shard("0.tar", 1, "", len(labels))], samples,
+                    [], len(labels))
+
+
+def options(**values: object) -> DataSettings:
+    return replace(DataSettings("train"), **values)
+
+
 def test_an_epoch_has_each_sample_once_but_for_the_remainder() -> None:
     p = plan()
     assert (p.steps_per_epoch, p.left_out) == (6, 7)
     for epoch in range(3):
-        seen = np.concatenate([p.batch(epoch * 6 + i)[1] for i in range(6)])
+        seen = np.concatenate([p.batch(epoch * 6 + i).samples for i in range(6)])
         assert len(set(seen.tolist())) == 96
         assert set(seen) | set(p.order(epoch)[96:]) == set(range(103))
 
 
-@pytest.mark.parametrize("world", [1, 2, 4, 16])
+def test_the_order_is_that_of_earlier_releases() -> None:
+    """A training that was begun before goes on in the same order."""
+    assert plan().order(0)[:8].tolist() == [72, 4, 0, 64, 57, 74, 52, 30]
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_ranks_together_read_the_global_batch_in_order(world: int) -> None:
-    p = plan()
-    for step in (0, 5, 6, 40):
+    p = plan(13_000, 4096)
+    assert (p.steps_per_epoch, p.left_out) == (3, 712)
+    for step in (0, 2, 3, 7):
         parts = [p.rank_batch(step, r, world) for r in range(world)]
-        assert np.array_equal(np.concatenate([i for _, i in parts]), p.batch(step)[1])
-        assert {e for e, _ in parts} == {step // 6}
+        assert {len(x.samples) for x in parts} == {4096 // world}
+        assert np.array_equal(np.concatenate([x.samples for x in parts]), p.batch(step).samples)
+        assert {x.epoch for x in parts} == {step // 3}
+
+
+def test_changes_of_the_world_in_mid_epoch_lose_and_repeat_nothing() -> None:
+    p = plan(20 * 4096 + 5, 4096)
+    worlds = [WORLDS[i] for i in np.random.default_rng(0).integers(len(WORLDS), size=20)]
+    seen = np.concatenate([p.rank_batch(step, r, world).samples for step, world in enumerate(worlds) for r in range(world)])
+    assert set(worlds) == set(WORLDS)
+    assert np.array_equal(seen, p.order(0)[:-5]) and len(np.unique(seen)) == 20 * 4096
+    assert np.array_equal(p.epoch_steps(0).samples.ravel(), seen)
 
 
 def test_micro_batches_start_at_any_step() -> None:
@@ -34,12 +69,73 @@ def test_micro_batches_start_at_any_step() -> None:
     whole = list(p.micro_batches(range(12), 1, 2, 4))
     assert whole[2 * 5:] == list(p.micro_batches(range(5, 12), 1, 2, 4))
     assert all(len(b) == 4 for b in whole) and len(whole) == 24
+    assert [d.place for d in whole[2] + whole[3]] == list(range(8, 16)) and whole[2][0].step == 1
 
 
 def test_the_order_depends_on_data_seed_and_epoch() -> None:
     orders = [plan().order(0), plan().order(1), plan(seed=1).order(0), Plan("e" * 32, 103, 0, 16).order(0)]
     assert len({o.tobytes() for o in orders}) == 4
     assert np.array_equal(plan().order(0), plan(batch=8).order(0))
+
+
+def test_a_subset_is_fixed_has_all_classes_and_grows_with_its_share() -> None:
+    m = manifest(40, 8, 1)
+    pools = [make_plan(m, options(subset=s), 0, 4).pool for s in (0.1, 0.5)]
+    assert [np.bincount([m.samples[i].class_id for i in p]).tolist() for p in pools] == [[4, 1, 1], [20, 4, 1]]
+    assert set(pools[0]) < set(pools[1])
+    assert set(pools[0]) != set(make_plan(m, options(subset=0.1), 1, 4).pool)
+    p = make_plan(m, options(subset=0.5), 0, 4)
+    assert (p.epoch_samples, p.steps_per_epoch, p.left_out) == (25, 6, 1)
+    for epoch in (0, 3):
+        assert sorted(p.order(epoch)) == list(pools[1])
+    assert p.order(0).tolist() != p.order(1).tolist()
+
+
+def test_classes_are_chosen_by_name() -> None:
+    p = make_plan(manifest(5, 9, 7), options(classes=("c2", "c0")), 0, 4)
+    assert sorted(p.order(0)) == [*range(5), *range(14, 21)]
+    with pytest.raises(ConfigError, match=r"data.classes names 'c22', which is no class of train. Did you mean 'c2'\?"):
+        make_plan(manifest(5, 9, 7), options(classes=("c22",)), 0, 4)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_balanced_classes_come_equally_often_in_every_batch(world: int) -> None:
+    m = manifest(9000, 1200, 37)
+    p = make_plan(m, options(balance="class"), 0, 4096)
+    labels = np.array([s.class_id for s in m.samples])
+    for step in range(2 * p.steps_per_epoch):
+        parts = [p.rank_batch(step, r, world).samples for r in range(world)]
+        counts = np.bincount(labels[np.concatenate(parts)], minlength=3)
+        assert np.ptp(counts) <= 2, counts
+    drawn = Counter(p.order(0).tolist())
+    for label in range(3):  # within a class, no sample is drawn twice more than another
+        times = [drawn[i] for i in np.flatnonzero(labels == label)]
+        assert max(times) - min(times) <= 1
+    draws = [d for batch in p.micro_batches(range(p.steps_per_epoch), 0, 1, 64) for d in batch]
+    assert len({(d.sample, d.copy) for d in draws}) == len(draws), "two draws of an epoch would look the same"
+
+
+def test_repeated_samples_share_their_batch_and_differ_in_their_copy() -> None:
+    p = make_plan(manifest(30, 20), options(repeats=4), 0, 16)
+    assert (p.steps_per_epoch, p.left_out) == (12, 2)
+    seen: Counter[int] = Counter()
+    for step in range(12):
+        _, samples, copies = p.batch(step)
+        assert len(set(zip(samples.tolist(), copies.tolist(), strict=True))) == 16
+        assert set(Counter(samples.tolist()).values()) == {4} and set(copies) == {0, 1, 2, 3}
+        assert all(a != b for a, b in zip(samples, np.roll(samples, 1), strict=True))
+        seen.update(samples.tolist())
+    assert len(seen) == 48 and set(seen.values()) == {4}
+    assert np.array_equal(p.epoch_steps(0).samples[5], p.batch(5).samples)
+    assert np.array_equal(p.epoch_steps(0).copies[5], p.batch(5).copies)
+
+
+def test_options_are_part_of_the_identity() -> None:
+    m = manifest(30, 20)
+    plans = [make_plan(m, options(**o), 0, 8) for o in (
+        {}, {"subset": 0.5}, {"classes": ("c0",)}, {"balance": "class"}, {"repeats": 2})]
+    assert len({str(p.identity) for p in plans}) == 5
+    assert plans[0].identity == make_plan(m, options(), 0, 8).identity
 
 
 @pytest.mark.parametrize(("world", "micro", "message"), [
@@ -53,9 +149,13 @@ def test_sizes_that_do_not_divide_are_refused_with_the_numbers(world: int, micro
     assert message in str(error.value)
 
 
-def test_fewer_samples_than_a_batch_are_refused() -> None:
+def test_what_cannot_be_planned_is_refused() -> None:
     with pytest.raises(ConfigError, match="10 samples, fewer than one global batch of 16"):
         plan(samples=10)
+    with pytest.raises(ConfigError, match=r"training.global_batch=16 does not divide by data.repeats=3"):
+        make_plan(manifest(50), options(repeats=3), 0, 16)
+    with pytest.raises(ConfigError, match=r"data.subset=0.0: expected a share above 0"):
+        make_plan(manifest(50), options(subset=0.0), 0, 16)
 
 
 @pytest.mark.parametrize(("samples", "world", "batch"), [(10, 1, 4), (10, 3, 2), (1, 4, 8), (9, 2, 9)])

@@ -43,7 +43,7 @@ def finish(trial: ablation.Trial, top1: float) -> None:
     """Leave what a finished training of `trial` leaves."""
     s, fingerprint = trial.settings, read_manifest(trial.settings.data.train).fingerprint
     identity.write_identity(trial.root, identity.Identity("run1", fingerprint, to_flat(s), finished=True, step=3))
-    position = checkpoint.Position(3, 1, 0, "run1", fingerprint, to_flat(s), [], {"val/top1": top1, "val/top5": 98.8})
+    position = checkpoint.Position(3, 1, 0, "run1", fingerprint, to_flat(s), [], {}, {"val/top1": top1, "val/top5": 98.8})
     weights = {"w": torch.zeros(1)}
     checkpoint.save(f"{trial.root}/run1", position, weights, weights, ModelCard({}, ["a"], preprocessing_of(s.data), {}))
 

@@ -17,7 +17,7 @@ CARD = ModelCard({"name": "swin_nano", "num_classes": 2}, ["a", "b"], {}, {})
 
 def save(root: Path, step: int, top1: float | None = None) -> str:
     metrics = {} if top1 is None else {"val/top1": top1}
-    position = Position(step, 1, 16, "run", "f" * 32, {"run.name": "x"}, [], metrics)
+    position = Position(step, 1, 16, "run", "f" * 32, {"run.name": "x"}, [], {"step": 4}, metrics)
     return checkpoint.save(str(root), position, {"head.weight": torch.full((2, 3), float(step))},
                            {"exp_avg.head.weight": torch.ones(2, 3)}, CARD)
 

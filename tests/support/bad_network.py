@@ -1,0 +1,73 @@
+"""A way to an HTTP server as it is in bad hours: late, answering with errors, cutting, shortening and flipping bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, Literal
+
+Fault = Literal["error", "cut", "shorten", "flip"]
+ERROR = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n"
+
+
+def _head(stream: BinaryIO) -> tuple[list[bytes], int]:
+    """The lines of a request or an answer up to its body, and the body's length."""
+    lines, length = [], 0
+    while (line := stream.readline()) not in (b"\r\n", b""):
+        lines.append(line)
+        name, _, value = line.partition(b":")
+        if name.lower() == b"content-length":
+            length = int(value)
+    return lines, length
+
+
+def _serve(client: socket.socket, port: int, delay_s: float, fault: Callable[[str], Fault | None]) -> None:
+    with contextlib.suppress(OSError), client, client.makefile("rb") as asked, \
+            socket.create_connection(("127.0.0.1", port)) as server, server.makefile("rb") as answered:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while True:
+            lines, length = _head(asked)
+            if not lines:
+                return
+            server.sendall(b"".join(lines) + b"\r\n" + asked.read(length))
+            time.sleep(delay_s)
+            what = fault(lines[0].decode())
+            answer, length = _head(answered)
+            body = answered.read(length) if not lines[0].startswith(b"HEAD") else b""
+            if what == "error":
+                client.sendall(ERROR)
+                continue
+            if what == "cut":
+                client.sendall(b"".join(answer) + b"\r\n" + body[:len(body) // 2])
+                return
+            if what == "shorten":  # a whole answer, of which the object's end is missing
+                body = body[:len(body) // 2]
+                answer = [x for x in answer if not x.lower().startswith((b"content-length", b"content-range"))]
+                answer.append(f"Content-Length: {len(body)}\r\n".encode())
+            if what == "flip" and body:
+                body = body[:-1] + bytes([body[-1] ^ 0xFF])
+            client.sendall(b"".join(answer) + b"\r\n" + body)
+
+
+@contextlib.contextmanager
+def bad_network(port: int, delay_s: float = 0.0, fault: Callable[[str], Fault | None] = lambda _: None) -> Iterator[int]:
+    """A port that leads to `port` of this machine; `fault` says what becomes of the answer to a request line."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def accept() -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:  # closed
+                return
+            threading.Thread(target=_serve, args=(client, port, delay_s, fault), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()

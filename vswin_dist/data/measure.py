@@ -1,0 +1,123 @@
+"""What feeding costs beside decoding: the plan, the first batch, the way from storage, and memory over many epochs.
+
+Each function measures one figure of the README and returns it; `jobs/benchmark.py` prints them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import tracemalloc
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import psutil
+
+from vswin_dist.config.schema import DataSettings
+from vswin_dist.data.loader import Batch, TrainLoader
+from vswin_dist.data.plan import Plan, make_plan
+from vswin_dist.manifest import read_manifest
+
+MB = 1e6
+
+
+@dataclass(frozen=True)
+class PlanCost:
+    """Seconds and peak memory in MB: of one rank's way to a late step, and of an epoch's samples for every rank."""
+
+    rank_seconds: float
+    rank_mb: float
+    all_ranks_seconds: float
+    all_ranks_mb: float
+
+    def __str__(self) -> str:
+        return (f"plan: {1e3 * self.rank_seconds:.1f} ms, {self.rank_mb:.1f} MB for one rank at any step; "
+                f"{1e3 * self.all_ranks_seconds:.1f} ms, {self.all_ranks_mb:.1f} MB for an epoch of all ranks")
+
+
+def plan_cost(samples: int, ranks: int) -> PlanCost:
+    """What the plan of `samples` samples costs on `ranks` ranks that take one sample each in a step."""
+
+    def one_rank() -> None:
+        plan = Plan("one", samples, 0, ranks)
+        next(plan.micro_batches(range(10 * plan.steps_per_epoch - 1, 10 * plan.steps_per_epoch), ranks - 1, ranks, 1))
+
+    def all_ranks() -> None:
+        plan = Plan("all", samples, 0, ranks)
+        order = plan.epoch_steps(3).samples
+        parts = [order[:, rank].tolist() for rank in range(ranks)]
+        assert sum(map(len, parts)) == plan.steps_per_epoch * ranks
+
+    found = []
+    for work in (one_rank, all_ranks):
+        began = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - began)
+        tracemalloc.start()
+        work()
+        found.append(tracemalloc.get_traced_memory()[1] / MB)
+        tracemalloc.stop()
+    return PlanCost(*found)
+
+
+def _loader(data: DataSettings, batch: int, last: int | None = None) -> TrainLoader:
+    manifest = read_manifest(data.train)
+    plan = make_plan(manifest, data, 0, batch)
+    return TrainLoader(manifest, data, plan, 0, 1, batch, last or plan.steps_per_epoch)
+
+
+def first_batch(data: DataSettings, batch: int, step: int) -> float:
+    """Seconds from a loader that is to start at the global step `step` to its first batch, its processes started."""
+    loader = _loader(data, batch, step + 1)
+    loader.load_state_dict(loader.state_dict() | {"step": step})
+    began = time.perf_counter()
+    next(iter(loader))
+    return time.perf_counter() - began
+
+
+def clips_per_second(data: DataSettings, batch: int, epochs: int = 1) -> list[float]:
+    """The rate of each of `epochs` epochs of one rank, the start of its processes left out."""
+    loader = _loader(data, batch)
+    steps = loader.last
+    loader.last = steps * epochs
+    batches, rates = iter(loader), []
+    next(batches)
+    for epoch in range(epochs):
+        wanted = steps if epoch else steps - 1
+        began = time.perf_counter()
+        for _ in range(wanted):
+            next(batches)
+        rates.append(wanted * batch / (time.perf_counter() - began))
+    return rates
+
+
+@dataclass(frozen=True)
+class MemorySlope:
+    """MB held by this process and the loader's together after each epoch, and the slope after the third."""
+
+    held_mb: list[float]
+    slope_mb: float  # per epoch, least squares
+
+    def __str__(self) -> str:
+        return (f"loader memory: {self.held_mb[0]:.0f} MB after epoch 1, {self.held_mb[-1]:.0f} MB after epoch "
+                f"{len(self.held_mb)}; {self.slope_mb:+.2f} MB an epoch after the third")
+
+
+def memory_slope(data: DataSettings, batch: int, epochs: int = 20) -> MemorySlope:
+    """Proportional set size over `epochs` epochs of one rank, in which shared pages count once."""
+    loader = _loader(data, batch)
+    steps = loader.last
+    loader.last = steps * epochs
+    held = []
+    batches: Iterator[Batch] = iter(loader)
+    for _ in range(epochs):
+        for _ in range(steps):
+            next(batches)
+        held.append(_held() / MB)
+    late = range(3, epochs)
+    return MemorySlope(held, statistics.linear_regression(late, [held[i] for i in late]).slope)
+
+
+def _held() -> int:
+    here = psutil.Process()
+    return sum(int(p.memory_full_info().pss) for p in (here, *here.children(recursive=True)))
