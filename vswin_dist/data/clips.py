@@ -19,7 +19,7 @@ def train_clip(data: bytes, sample: Sample, s: DataSettings, rng: np.random.Gene
     Raises:
         DataError: the video does not decode.
     """
-    indices = sampling.train_indices(sample.frames, s.frames, s.stride, s.sampling, rng)
+    indices = sampling.train_indices(sample.frames, s.frames, s.stride, s.sampling or "dense", rng)
     flip = bool(rng.random() < s.flip)
     box = sampling.train_box(sample.height, sample.width, s.crop_scale, s.crop_ratio, rng)
     return crop_resize(decode_frames(data, indices, sample.frames, sample.key), box, s.size, flip)
@@ -34,7 +34,7 @@ def video_views(data: bytes, frames: int, name: str, s: DataSettings, clips: int
     Raises:
         DataError: the video does not decode.
     """
-    times = sampling.test_indices(frames, s.frames, s.stride, s.sampling, clips)
+    times = sampling.test_indices(frames, s.frames, s.stride, s.sampling or "dense", clips)
     decoded = decode_frames(data, np.concatenate(times), frames, name)
     height, width = decoded.shape[1:3]
     boxes = sampling.test_boxes(height, width, s.size, s.size if crops > 1 else s.short_side, crops)
