@@ -140,8 +140,8 @@ class _TrainStream(_Stream[Draw]):
         """
         copy = [draw.copy] if draw.copy else []
         rng = np.random.default_rng([AUGMENTATION, self.plan.seed, draw.epoch, draw.sample, *copy])
-        number, failed = draw.sample, []
-        substitutes = None
+        number, substitutes = draw.sample, None
+        failed: list[tuple[int, str]] = []
         for _ in range(SUBSTITUTES):
             try:
                 sample = self.manifest.samples[number]
