@@ -19,9 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from vswin_dist import storage
 from vswin_dist.config.schema import DataSettings
 from vswin_dist.data import sampling
-from vswin_dist.data.decode import Frames, decode_frames
+from vswin_dist.data.decode import View, decode_views
 from vswin_dist.data.plan import Plan
-from vswin_dist.data.transforms import crop_resize
 from vswin_dist.errors import DataError
 from vswin_dist.manifest import Manifest, shard_url
 
@@ -29,7 +28,8 @@ AUGMENTATION = 1  # first word of the random streams of this module
 
 
 class Batch(TypedDict):
-    """clips uint8 [B, 3, T, H, W]; labels int64 [B]; indices int64 [B], the samples' numbers in the manifest."""
+    """clips uint8 [B, 3, T, S, S], or planes [B, T, S * S * 3 / 2] where data.pixel_format is yuv; labels int64 [B];
+    indices int64 [B], the samples' numbers in the manifest."""
 
     clips: Tensor
     labels: Tensor
@@ -51,11 +51,6 @@ def fetch_member(manifest: Manifest, base: str, index: int) -> bytes:
     return data
 
 
-def _decode(manifest: Manifest, base: str, index: int, indices: np.ndarray) -> Frames:
-    sample = manifest.samples[index]
-    return decode_frames(fetch_member(manifest, base, index), indices, sample.frames, sample.key)
-
-
 class TrainClips(Dataset[tuple[Tensor, int, int]]):
     """(epoch, sample index) -> (augmented clip uint8 [3, T, size, size], class id, sample index)."""
 
@@ -68,13 +63,16 @@ class TrainClips(Dataset[tuple[Tensor, int, int]]):
         rng = np.random.default_rng([AUGMENTATION, self.seed, epoch, index])
         indices = sampling.train_indices(sample.frames, s.frames, s.stride, s.sampling, rng)
         flip = bool(rng.random() < s.flip)
-        frames = _decode(self.manifest, self.base, index, indices)
-        box = sampling.train_box(frames.shape[1], frames.shape[2], s.crop_scale, s.crop_ratio, rng)
-        return crop_resize(frames, box, s.size, flip), sample.class_id, index
+        box = sampling.train_box(sample.height, sample.width, s.crop_scale, s.crop_ratio, rng)
+        clips = decode_views(fetch_member(self.manifest, self.base, index), [View(indices, box)], frames=sample.frames,
+                             width=sample.width, height=sample.height, size=s.size, flip=flip,
+                             pixel_format=s.pixel_format, name=sample.key)
+        return clips[0], sample.class_id, index
 
 
 class ViewBatch(TypedDict):
-    """views uint8 [B, V, 3, T, H, W]; labels, indices int64 [B]; missing: (sample index, reason) of what failed."""
+    """views uint8 [B, V, 3, T, S, S], or planes [B, V, T, S * S * 3 / 2]; labels, indices int64 [B]; missing: (sample
+    index, reason) of what failed."""
 
     views: Tensor
     labels: Tensor
@@ -96,27 +94,27 @@ class TestClips(Dataset[tuple[Tensor | str, int, int]]):
         sample = self.manifest.samples[index]
         try:
             data = fetch_member(self.manifest, self.base, index)
-            views = video_views(data, sample.frames, sample.key, self.settings, self.clips, self.crops)
+            views = video_views(data, sample.frames, sample.width, sample.height, sample.key, self.settings, self.clips,
+                                self.crops)
         except (DataError, FileNotFoundError) as error:  # evaluation never substitutes: the video is missing
             return str(error), sample.class_id, index
         if self.shuffle_frames:
             order = np.random.default_rng([AUGMENTATION, index]).permutation(views.shape[2])
-            views = views[:, :, torch.from_numpy(order)]
+            views = views.index_select(2 if views.ndim == 5 else 1, torch.from_numpy(order))
         return views, sample.class_id, index
 
 
-def video_views(data: bytes, frames: int, name: str, s: DataSettings, clips: int, crops: int) -> Tensor:
-    """The test views of one video, uint8 [clips * crops, 3, T, size, size]; clip by clip.
+def video_views(data: bytes, frames: int, width: int, height: int, name: str, s: DataSettings, clips: int,
+                crops: int) -> Tensor:
+    """The test views of one video, uint8 [clips * crops, 3, T, size, size] or planes as in `Batch`; clip by clip.
 
     Several crops are cut at full short side (`size` pixels of it, as published); a single one is the centre
     ``size / short_side`` of the frame.
     """
     times = sampling.test_indices(frames, s.frames, s.stride, s.sampling, clips)
-    decoded = decode_frames(data, np.concatenate(times), frames, name)
-    height, width = decoded.shape[1:3]
     boxes = sampling.test_boxes(height, width, s.size, s.size if crops > 1 else s.short_side, crops)
-    return torch.stack([crop_resize(decoded[i * s.frames:(i + 1) * s.frames], box, s.size)
-                        for i in range(clips) for box in boxes])
+    return decode_views(data, [View(t, box) for t in times for box in boxes], frames=frames, width=width, height=height,
+                        size=s.size, pixel_format=s.pixel_format, name=name)
 
 
 def _collate(items: list[tuple[Tensor, int, int]]) -> Batch:
