@@ -28,7 +28,7 @@ def test_planes_become_the_colours_of_the_standard() -> None:
 
 def test_every_sample_lands_on_its_pixel() -> None:
     """Luma at its place; chroma between its four pixels: rising along a row of 4 from 0 to 1 as 0, 1/4, 3/4, 1."""
-    luma = torch.arange(16, dtype=torch.uint8).view(4, 4) * 8 + 50
+    luma = torch.arange(16, dtype=torch.uint8).view(4, 4) * 4 + 100
     chroma = torch.tensor([[100, 140], [100, 140]], dtype=torch.uint8)
     grey = torch.full((2, 2), 128, dtype=torch.uint8)
     rgb = to_rgb(torch.cat([luma.flatten(), chroma.flatten(), grey.flatten()])[None, None])[0, :, 0].double()
