@@ -169,7 +169,8 @@ def webdataset_stream(source: str) -> Iterator[Any] | None:
         return None
     wds = importlib.import_module("webdataset")
     shards = [shard_url(source, shard) for shard in read_manifest(source).shards]
-    return iter(wds.WebDataset(shards, shardshuffle=False, nodesplitter=wds.split_by_node, empty_check=False).repeat())
+    samples: Iterator[Any] = iter(wds.WebDataset(shards, shardshuffle=False, empty_check=False).repeat())
+    return samples
 
 
 def cut_box(box: tuple[float, float, float, float]) -> Box:

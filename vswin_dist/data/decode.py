@@ -22,6 +22,7 @@ from torch import Tensor
 from vswin_dist.data.scale import Box, Scaler
 from vswin_dist.errors import ConfigError, DataError
 
+READ_AHEAD = 8  # packets read after the last wanted frame's number is reached, before it is asked whether they suffice
 FAILURES = (av.FFmpegError, OSError, IndexError, ValueError)  # what damaged bytes raise in PyAV
 
 av.logging.set_level(av.logging.PANIC)  # damaged files are reported by exceptions
@@ -157,9 +158,9 @@ def _by_packets(data: bytes, wanted: list[int], frames: int) -> Iterator[tuple[i
     """Decode what `wanted` needs; ends early where packets do not tell the frames, or do not decode."""
     with _open(data) as container:
         stream = _stream(container)
-        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+        packets = _packets(container, stream, wanted[-1], frames)
         found = {p.pts for p in packets}
-        if len(found) != frames or len(packets) != frames or None in found:
+        if len(found) != len(packets) or len(found) <= wanted[-1] or None in found:
             return
         times = sorted(found)
         number = {times[i]: i for i in wanted}
@@ -170,6 +171,26 @@ def _by_packets(data: bytes, wanted: list[int], frames: int) -> Iterator[tuple[i
                 yield from _decode(stream.codec_context, packets[start:stop], number, skips)
         except av.FFmpegError:
             return
+
+
+def _packets(container: av.container.InputContainer, stream: Any, last: int, frames: int) -> list[Any]:
+    """The packets in decoding order; none where they are not one for each frame.
+
+    Where the container says that they are, as mp4 does, no more are read than tell which frame is number `last`: later
+    packets are decoded, and so shown, after the time at which the latest one read is decoded.
+    """
+    packets: list[Any] = []
+    told = stream.frames == frames
+    for packet in container.demux(stream):
+        if not packet.size or packet.is_discard:
+            continue
+        packets.append(packet)
+        ahead = len(packets) - last
+        if told and ahead > 0 and ahead % READ_AHEAD == 0 and packet.dts is not None:
+            times = [p.pts for p in packets]
+            if None not in times and sorted(times)[last] < packet.dts:
+                return packets
+    return packets if len(packets) == frames else []
 
 
 def _spans(packets: list[Any], wanted: Collection[int]) -> list[tuple[int, int]]:

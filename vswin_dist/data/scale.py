@@ -53,8 +53,8 @@ class Scaler:
                            time_base="1/1000", pixel_aspect="1/1", colorspace=str(frame.colorspace),
                            range=str(frame.color_range))
         steps = [*_eight_bits(frame), ("crop", f"{width}:{height}:{left}:{top}:exact=1"),
-                 ("scale", f"{self.size}:{self.size}:flags=bilinear+accurate_rnd"
-                           f"{_chroma_place(frame, top, left, height, width)}{self._made(frame)}"),
+                 ("scale", f"{self.size}:{self.size}:flags=bilinear{self._made(frame)}"
+                           f"{_chroma_place(frame, top, left, height, width)}"),
                  ("format", _PLANES[self.pixel_format][0]), *self._recoloured(frame), *_TURN.get(turns, ()),
                  *([("hflip", "")] if self.flip else []), ("buffersink", "")]
         for before, after in itertools.pairwise([source, *(graph.add(name, how or None) for name, how in steps)]):
@@ -74,9 +74,13 @@ class Scaler:
         return top, left, bottom - top, right - left
 
     def _made(self, frame: av.VideoFrame) -> str:
-        """How the scaler makes YUV: chroma in the middle of its four pixels, so that a flip or turn keeps it there."""
+        """What the scaler is told of the pixels that it makes.
+
+        RGB: to be exact also where nothing is resized (it has a coarse short cut there). YUV: chroma in the middle of its
+        four pixels, so that a flip or turn keeps it there.
+        """
         if self.pixel_format == "rgb":
-            return ""
+            return "+accurate_rnd"
         matrix = ":out_color_matrix=bt601:out_range=tv" if frame.format.is_rgb else ""
         return f":out_chroma_loc=center{matrix}"
 
