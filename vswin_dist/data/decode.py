@@ -184,6 +184,8 @@ def _packets(container: av.container.InputContainer, stream: Any, last: int, fra
     for packet in container.demux(stream):
         if not packet.size or packet.is_discard:
             continue
+        if packet.is_corrupt:  # what is made up for it depends on the frames before
+            return []
         packets.append(packet)
         ahead = len(packets) - last
         if told and ahead > 0 and ahead % READ_AHEAD == 0 and packet.dts is not None:
