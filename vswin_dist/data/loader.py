@@ -99,7 +99,7 @@ class TestClips(Dataset[tuple[Tensor | str, int, int]]):
         except (DataError, FileNotFoundError) as error:  # evaluation never substitutes: the video is missing
             return str(error), sample.class_id, index
         if self.shuffle_frames:
-            order = np.random.default_rng([AUGMENTATION, index]).permutation(views.shape[2])
+            order = np.random.default_rng([AUGMENTATION, index]).permutation(self.settings.frames)
             views = views.index_select(2 if views.ndim == 5 else 1, torch.from_numpy(order))
         return views, sample.class_id, index
 

@@ -13,6 +13,7 @@ from vswin_dist.config import load_settings
 from vswin_dist.data import loader
 from vswin_dist.data.loader import TestClips, TrainClips, train_batches
 from vswin_dist.data.plan import Plan
+from vswin_dist.data.transforms import to_rgb
 from vswin_dist.errors import DataError
 from vswin_dist.evaluation.evaluate import Rank, Views, evaluate
 from vswin_dist.manifest import Manifest, read_manifest
@@ -73,9 +74,10 @@ def test_damage_stops_training_and_is_counted_in_evaluation(motion_shards: Path,
     assert scores.top1 == pytest.approx(100 * sum(x.class_id == 5 for i, x in enumerate(manifest.samples) if i != 3) / 11)
 
 
-def test_frames_in_random_order_are_the_same_frames(motion_shards: Path) -> None:
-    s, manifest = settings(motion_shards), read_manifest(str(motion_shards / "val"))
-    ordered, shuffled = (TestClips(manifest, s.val, s, 1, 1, x)[0][0] for x in (False, True))
+@pytest.mark.parametrize("form", ["rgb", "yuv"])
+def test_frames_in_random_order_are_the_same_frames(motion_shards: Path, form: str) -> None:
+    s, manifest = settings(motion_shards, f"data.pixel_format={form}"), read_manifest(str(motion_shards / "val"))
+    ordered, shuffled = (to_rgb(TestClips(manifest, s.val, s, 1, 1, x)[0][0]) for x in (False, True))
     assert not torch.equal(ordered, shuffled)
     sums = [sorted(v[0].float().sum((0, 2, 3)).tolist()) for v in (ordered, shuffled)]
     assert sums[0] == sums[1]
