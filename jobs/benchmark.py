@@ -1,4 +1,4 @@
-"""Speed and memory, with peers in the same run: ``python jobs/benchmark.py model|prep ...`` (each has --help)."""
+"""Speed and memory, with peers in the same run: ``python jobs/benchmark.py model|prep|loader ...`` (each has --help)."""
 
 import sys
 
@@ -15,7 +15,11 @@ def main() -> int:
         from data_prep import bench as prep_bench
 
         return prep_bench.main(arguments) or 0
-    raise ConfigError(f"benchmark {what!r}: say model or prep")
+    if what == "loader":
+        from vswin_dist.data import bench as loader_bench
+
+        return loader_bench.main(arguments) or 0
+    raise ConfigError(f"benchmark {what!r}: say model, prep or loader")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vswin_dist.config.schema import DataSettings
 from vswin_dist.data import pixel_ops as ops
+from vswin_dist.data.plan import Plan
 
 PIXELS = 4  # first word of the random streams of this module
 STRONGEST = 30  # magnitude
@@ -74,6 +75,15 @@ OPERATIONS: dict[str, Operation] = {
 def clip_rng(seed: int, epoch: int, index: int, repeat: int = 0) -> Generator:
     """The randomness of one clip: of sample `index` in `epoch`, the `repeat`-th time that it stands in its batch."""
     return np.random.default_rng([PIXELS, seed, epoch, index, repeat])
+
+
+def augment_draws(clips: Tensor, s: DataSettings, plan: Plan, step: int, draws: Tensor) -> Tensor:
+    """`augment` of each clip of a batch uint8 [B, 3, T, S, S] of global step `step`; `draws` as in `loader.Batch`."""
+    if not (s.rand_augment_ops or s.erasing):
+        return clips
+    epoch = step // plan.steps_per_epoch
+    rngs = (clip_rng(plan.seed, epoch, *divmod(draw, plan.num_samples)[::-1]) for draw in draws.tolist())
+    return torch.stack([augment(clip, s, rng) for clip, rng in zip(clips, rngs, strict=True)])
 
 
 def augment(clip: Tensor, s: DataSettings, rng: Generator) -> Tensor:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from vswin_dist.config.schema import DataSettings
 from vswin_dist.data import sampling
-from vswin_dist.data.decode import decode_frames
-from vswin_dist.data.transforms import crop_resize
+from vswin_dist.data.decode import View, decode_views
 from vswin_dist.manifest import Sample
 
 
@@ -21,7 +19,7 @@ def train_clip(data: bytes, sample: Sample, s: DataSettings, flipped: int | None
         flipped: the class of the flipped clip; None where it must not be flipped (see `mirror.flipped_classes`).
 
     Returns:
-        (uint8 [3, T, size, size], class id).
+        (uint8 [3, T, size, size] or planes [T, size * size * 3 / 2], class id).
 
     Raises:
         DataError: the video does not decode.
@@ -29,12 +27,14 @@ def train_clip(data: bytes, sample: Sample, s: DataSettings, flipped: int | None
     indices = sampling.train_indices(sample.frames, s.frames, s.stride, s.sampling, rng)
     flip = bool(rng.random() < s.flip) and flipped is not None
     box = sampling.train_box(sample.height, sample.width, s.crop_scale, s.crop_ratio, rng)
-    clip = crop_resize(decode_frames(data, indices, sample.frames, sample.key), box, s.size, flip)
-    return clip, flipped if flip and flipped is not None else sample.class_id
+    clips = decode_views(data, [View(indices, box)], frames=sample.frames, width=sample.width, height=sample.height,
+                         size=s.size, flip=flip, pixel_format=s.pixel_format, name=sample.key)
+    return clips[0], flipped if flip and flipped is not None else sample.class_id
 
 
-def video_views(data: bytes, frames: int, name: str, s: DataSettings, clips: int, crops: int) -> Tensor:
-    """The test views of one video, uint8 [clips * crops, 3, T, size, size]; clip by clip.
+def video_views(data: bytes, frames: int, width: int, height: int, name: str, s: DataSettings, clips: int,
+                crops: int) -> Tensor:
+    """The test views of one video, uint8 [clips * crops, 3, T, size, size] or planes as in `train_clip`; clip by clip.
 
     Several crops are cut at full short side (`size` pixels of it, as published); a single one is the centre
     ``size / short_side`` of the frame.
@@ -43,8 +43,6 @@ def video_views(data: bytes, frames: int, name: str, s: DataSettings, clips: int
         DataError: the video does not decode.
     """
     times = sampling.test_indices(frames, s.frames, s.stride, s.sampling, clips)
-    decoded = decode_frames(data, np.concatenate(times), frames, name)
-    height, width = decoded.shape[1:3]
     boxes = sampling.test_boxes(height, width, s.size, s.size if crops > 1 else s.short_side, crops)
-    return torch.stack([crop_resize(decoded[i * s.frames:(i + 1) * s.frames], box, s.size)
-                        for i in range(clips) for box in boxes])
+    return decode_views(data, [View(t, box) for t in times for box in boxes], frames=frames, width=width, height=height,
+                        size=s.size, pixel_format=s.pixel_format, name=name)

@@ -1,113 +1,235 @@
-"""Frames of a video from its bytes: seek to the key frame before the clip, decode to its last frame."""
+"""The views of a video from its bytes: decode only what they need, crop and resize each frame once, as planes.
+
+Packets tell before anything is decoded which frame is which. From the key frame before each wanted frame to that frame
+everything goes to the decoder, except h264 frames that no other frame refers to (nal_ref_idc 0) and that are not wanted.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import av
+import av.container
 import numpy as np
-from av.video.reformatter import VideoReformatter
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from vswin_dist.errors import DataError
+from vswin_dist.data.scale import Box, Scaler
+from vswin_dist.errors import ConfigError, DataError
 
-Frames = NDArray[np.uint8]  # [T, H, W, 3], RGB
+READ_AHEAD = 8  # packets read after the last wanted frame's number is reached, before it is asked whether they suffice
+FAILURES = (av.FFmpegError, OSError, IndexError, ValueError)  # what damaged bytes raise in PyAV
 
 av.logging.set_level(av.logging.PANIC)  # damaged files are reported by exceptions
 
 
-def decode_frames(data: bytes, indices: Sequence[int] | NDArray[np.int64], frames: int, name: str) -> Frames:
-    """The frames of a video at `indices` (in presentation order, repeats allowed).
+class View(NamedTuple):
+    """One clip: frame numbers int64 [T] in presentation order (any order, repeats allowed) and what is cut out of them."""
+
+    indices: NDArray[np.int64]
+    box: Box
+
+
+def clip_shape(frames: int, size: int, pixel_format: str) -> tuple[int, ...]:
+    """The shape of one clip: (3, T, S, S) in rgb, (T, S * S * 3 / 2) in yuv.
+
+    Raises:
+        ConfigError: yuv of an odd size.
+    """
+    if pixel_format == "rgb":
+        return 3, frames, size, size
+    if size % 2:
+        raise ConfigError(f"data.pixel_format=yuv needs an even data.size, not {size}: chroma planes have half of it")
+    return frames, size * size * 3 // 2
+
+
+def decode_views(data: bytes, views: Sequence[View], *, frames: int, width: int, height: int, size: int,
+                 flip: bool = False, pixel_format: str = "rgb", name: str) -> Tensor:
+    """Cut `views` out of a video; a frame that several of them share is decoded once.
 
     Args:
         data: the file's bytes, in any container that FFmpeg reads.
+        views: V of them, all of T frames.
         frames: the number of frames that a full decode gives (the manifest's); indices are below it.
+        width, height: pixels as displayed (the manifest's), in which the boxes are measured.
+        size: S, pixels of the square that each box becomes.
+        flip: mirror every view.
+        pixel_format: rgb, or yuv: planes Y [S, S], U and V [S/2, S/2] one after the other, BT.601 limited range with
+            centred chroma whatever the video has; `transforms.to_rgb` takes them.
         name: what to call the video in an error.
 
     Returns:
-        uint8 [len(indices), H, W, 3], RGB, rotated as displayed.
+        uint8 [V, 3, T, S, S] (rgb) or [V, T, S * S * 3 / 2] (yuv), rotated as displayed, resized bilinearly with
+        half-pixel centres (averaging where it shrinks).
 
     Raises:
-        DataError: the file cannot be opened, or a frame asked for cannot be decoded.
+        DataError: the file cannot be opened, or a frame asked for cannot be decoded. ConfigError: see `clip_shape`.
     """
-    wanted = np.unique(np.asarray(indices))
-    if wanted[0] < 0 or wanted[-1] >= frames:
-        raise DataError(f"{name}: frames {wanted[0]}..{wanted[-1]} asked for, it has {frames}")
+    places: dict[int, dict[Box, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
+    for v, view in enumerate(views):
+        for t, index in enumerate(view.indices.tolist()):
+            places[index][view.box].append((v, t))
+    if min(places) < 0 or max(places) >= frames:
+        raise DataError(f"{name}: frames {min(places)}..{max(places)} asked for, it has {frames}")
+    out = torch.empty(len(views), *clip_shape(len(views[0].indices), size, pixel_format), dtype=torch.uint8)
+    clips = out.numpy()
+    scaler = Scaler(width, height, size, flip, pixel_format)
+    left = set(places)
     try:
-        found = _decode_by_seeking(data, wanted, frames)
-        if found is None:
-            found = _decode_from_start(data, wanted)
-    except (av.FFmpegError, OSError, IndexError, ValueError) as error:
+        for index, frame in wanted_frames(data, places, frames):
+            for box, targets in places[index].items():
+                planes = scaler(frame, box)
+                for v, t in targets:
+                    _put(planes, clips[v], t, size)
+            left.discard(index)
+    except FAILURES as error:
         raise DataError(f"{name}: cannot be decoded: {error}") from error
-    if missing := [int(i) for i in wanted if int(i) not in found]:
-        raise DataError(f"{name}: frame {missing[0]} of {frames} does not decode")
-    return np.stack([found[int(i)] for i in indices])
+    if left:
+        raise DataError(f"{name}: frame {min(left)} of {frames} does not decode")
+    return out
 
 
-def count_frames(data: bytes, name: str) -> int:
-    """Frames that a full decode gives.
+def _put(planes: list[NDArray[np.uint8]], clip: NDArray[np.uint8], t: int, size: int) -> None:
+    """Copy the planes of frame `t` into a clip of either form, see `clip_shape`."""
+    if clip.ndim == 4:
+        for channel, plane in enumerate(planes):
+            clip[channel, t] = plane
+        return
+    start = 0
+    for plane in planes:
+        clip[t, start:start + plane.size].reshape(plane.shape)[:] = plane
+        start += plane.size
+
+
+def wanted_frames(data: bytes, wanted: Collection[int], frames: int) -> Iterator[tuple[int, av.VideoFrame]]:
+    """(number, frame) of those of `wanted` that decode, each once, in no promised order. Raises one of `FAILURES`."""
+    left = set(wanted)
+    for source in (_by_packets, _from_start):
+        for number, frame in source(data, sorted(left), frames):
+            if number in left:
+                left.discard(number)
+                yield number, frame
+                if not left:
+                    return
+
+
+def count_frames(data: bytes, name: str) -> tuple[int, int, int]:
+    """Frames that a full decode gives, and their width and height in pixels as displayed.
 
     Raises:
         DataError: the file cannot be opened or decoded, or has no video frame.
     """
+    total, shown = 0, (0, 0)
     try:
-        with av.open(io.BytesIO(data)) as container:
-            total = sum(1 for _ in container.decode(container.streams.video[0]))
-    except (av.FFmpegError, OSError, IndexError, ValueError) as error:
+        with _open(data) as container:
+            stream = _stream(container)
+            for frame in container.decode(stream):
+                if not total:
+                    shown = (max(1, round(frame.width * float(stream.sample_aspect_ratio or 1))), frame.height)
+                    shown = shown[::-1] if round(frame.rotation / 90) % 2 else shown
+                total += 1
+    except FAILURES as error:
         raise DataError(f"{name}: cannot be decoded: {error}") from error
     if not total:
         raise DataError(f"{name}: has no video frame")
-    return total
+    return total, *shown
 
 
-def _decode_by_seeking(data: bytes, wanted: NDArray[np.int64], frames: int) -> dict[int, Frames] | None:
-    """{index: frame [H, W, 3]}, or None where the packets' timestamps do not tell which frame is which."""
-    with av.open(io.BytesIO(data)) as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
-        times, key_times = [], []
-        for packet in container.demux(stream):
-            if packet.size and not packet.is_discard:
-                if packet.pts is None:
-                    return None
-                times.append(packet.pts)
-                if packet.is_keyframe:
-                    key_times.append(packet.pts)
-        if len(times) != frames or len(set(times)) != frames:
-            return None
-        times.sort()
-        index_of = {times[i]: int(i) for i in wanted}
-        before = [t for t in key_times if t <= times[wanted[0]]]
-        if not before:
-            return None
-        container.seek(max(before), stream=stream)
-        found: dict[int, Frames] = {}
-        converter = VideoReformatter()
-        for frame in container.decode(stream):
-            if frame.pts in index_of:
-                found[index_of[frame.pts]] = _to_rgb(frame, converter)
-                if len(found) == len(wanted):
-                    return found
-    return None
+def _open(data: bytes) -> av.container.InputContainer:
+    return av.open(io.BytesIO(data), metadata_errors="ignore")
 
 
-def _decode_from_start(data: bytes, wanted: NDArray[np.int64]) -> dict[int, Frames]:
-    """{index: frame [H, W, 3]} by counting; fewer than asked for where the file ends before."""
-    chosen = {int(i) for i in wanted}
-    found: dict[int, Frames] = {}
-    converter = VideoReformatter()
-    with av.open(io.BytesIO(data)) as container:
-        for number, frame in enumerate(container.decode(container.streams.video[0])):
-            if number in chosen:
-                found[number] = _to_rgb(frame, converter)
-                if len(found) == len(chosen):
-                    break
-    return found
+def _stream(container: av.container.InputContainer) -> Any:
+    """The first stream that is no cover picture, decoding in this thread alone."""
+    streams = [s for s in container.streams.video if "attached_pic" not in str(s.disposition).lower()]
+    if not streams:
+        raise ValueError("it has no video stream")
+    streams[0].thread_type = "NONE"
+    streams[0].codec_context.thread_count = 1
+    return streams[0]
 
 
-def _to_rgb(frame: av.VideoFrame, converter: VideoReformatter) -> Frames:
-    """uint8 [H, W, 3], turned as the container says it is to be shown. `converter` keeps its tables between frames."""
-    image: Frames = converter.reformat(frame, format="rgb24").to_ndarray()  # type: ignore[assignment]
-    quarter_turns = round(frame.rotation / 90) % 4  # counter-clockwise
-    return np.rot90(image, quarter_turns) if quarter_turns else image
+def _by_packets(data: bytes, wanted: list[int], frames: int) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Decode what `wanted` needs; ends early where packets do not tell the frames, or do not decode."""
+    with _open(data) as container:
+        stream = _stream(container)
+        packets = _packets(container, stream, wanted[-1], frames)
+        found = {p.pts for p in packets}
+        if len(found) != len(packets) or len(found) <= wanted[-1] or None in found:
+            return
+        times = sorted(found)
+        number = {times[i]: i for i in wanted}
+        # By the standard nothing refers to such a frame in h264; elsewhere the decoders' notion is less strict.
+        skips = stream.codec_context.name == "h264"
+        try:
+            for start, stop in _spans(packets, number):
+                yield from _decode(stream.codec_context, packets[start:stop], number, skips)
+        except av.FFmpegError:
+            return
+
+
+def _packets(container: av.container.InputContainer, stream: Any, last: int, frames: int) -> list[Any]:
+    """The packets in decoding order; none where they are not one for each frame.
+
+    Where the container says that they are, as mp4 does, no more are read than tell which frame is number `last`: later
+    packets are decoded, and so shown, after the time at which the latest one read is decoded.
+    """
+    packets: list[Any] = []
+    told = stream.frames == frames
+    for packet in container.demux(stream):
+        if not packet.size or packet.is_discard:
+            continue
+        if packet.is_corrupt:  # what is made up for it depends on the frames before
+            return []
+        packets.append(packet)
+        ahead = len(packets) - last
+        if told and ahead > 0 and ahead % READ_AHEAD == 0 and packet.dts is not None:
+            times = [p.pts for p in packets]
+            if None not in times and sorted(times)[last] < packet.dts:
+                return packets
+    return packets if len(packets) == frames else []
+
+
+def _spans(packets: list[Any], wanted: Collection[int]) -> list[tuple[int, int]]:
+    """The parts of `packets` (in decoding order) to be decoded for the frames at the times `wanted`."""
+    keys = sorted((p.pts, place) for place, p in enumerate(packets) if p.is_keyframe)
+    key_times = [time for time, _ in keys]
+    place_of = {p.pts: place for place, p in enumerate(packets)}
+    spans: list[tuple[int, int]] = []
+    needs = ((keys[max(bisect_right(key_times, time) - 1, 0)][1], place_of[time] + 1) for time in wanted) if keys else ()
+    for start, stop in sorted(needs):
+        if spans and start <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(stop, spans[-1][1]))
+        else:
+            spans.append((start, stop))
+    return spans
+
+
+def _decode(decoder: Any, packets: list[Any], number: dict[int, int], skips: bool) -> Iterator[tuple[int, av.VideoFrame]]:
+    """The frames of one span whose times are in `number`; the decoder is empty before and after."""
+    for packet in [*packets, None]:  # None: give out what is waiting for its turn
+        if skips and packet is not None:
+            decoder.skip_frame = "DEFAULT" if packet.pts in number else "NONREF"
+        for frame in decoder.decode(packet):
+            if frame.pts in number:
+                yield number[frame.pts], frame
+    decoder.flush_buffers()
+
+
+def _from_start(data: bytes, wanted: list[int], frames: int) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Every frame by counting, as data_prep counts them: packets that do not decode give none."""
+    number = 0
+    with _open(data) as container:
+        for packet in container.demux(_stream(container)):
+            try:
+                decoded = packet.decode()
+            except av.FFmpegError:
+                continue
+            for frame in decoded:
+                yield number, frame
+                number += 1

@@ -38,7 +38,8 @@ T = TypeVar("T")
 
 
 class Batch(TypedDict):
-    """clips uint8 [B, 3, T, H, W]; labels int64 [B]; indices int64 [B], the samples' numbers in the manifest.
+    """clips uint8 [B, 3, T, S, S], or planes [B, T, S * S * 3 / 2] where data.pixel_format is yuv, not augmented yet;
+    labels int64 [B]; indices int64 [B], the samples' numbers in the manifest.
 
     draws int64 [B] are what random streams of the model are keyed by: the number of the sample that the plan had put
     there, plus the number of samples for each earlier draw of it in the epoch. `bad` are those that did not decode.
@@ -52,7 +53,8 @@ class Batch(TypedDict):
 
 
 class ViewBatch(TypedDict):
-    """views uint8 [B, V, 3, T, H, W]; labels, indices int64 [B]; missing: (sample index, reason) of what failed."""
+    """views uint8 [B, V, 3, T, S, S], or planes [B, V, T, S * S * 3 / 2]; labels, indices int64 [B]; missing: (sample
+    index, reason) of what failed."""
 
     views: Tensor
     labels: Tensor
@@ -124,7 +126,9 @@ class _TrainStream(_Stream[Draw]):
         clips, labels, numbers, bad = [], [], [], []
         for draw, data in items:
             clip, label, number, failed = self.clip(draw, data.result(), members)
-            clips.append(augment(clip, self.settings, clip_rng(self.plan.seed, draw.epoch, draw.sample, draw.copy)))
+            if self.settings.pixel_format == "rgb":  # planes are augmented where they become RGB
+                clip = augment(clip, self.settings, clip_rng(self.plan.seed, draw.epoch, draw.sample, draw.copy))
+            clips.append(clip)
             labels.append(label)
             numbers.append(number)
             bad += failed
@@ -177,13 +181,14 @@ class _ViewStream(_Stream[int]):
         for number, data in items:
             sample = self.manifest.samples[number]
             try:
-                found = video_views(data.result(), sample.frames, sample.key, self.settings, self.clips, self.crops)
+                found = video_views(data.result(), sample.frames, sample.width, sample.height, sample.key,
+                                    self.settings, self.clips, self.crops)
             except DataError as error:
                 missing.append((number, str(error)))
                 continue
             if self.shuffle_frames:
-                order = np.random.default_rng([AUGMENTATION, number]).permutation(found.shape[2])
-                found = found[:, :, torch.from_numpy(order)]
+                order = np.random.default_rng([AUGMENTATION, number]).permutation(self.settings.frames)
+                found = found.index_select(2 if found.ndim == 5 else 1, torch.from_numpy(order))
             views.append(found)
             indices.append(number)
         labels = [self.manifest.samples[i].class_id for i in indices]

@@ -1,39 +1,37 @@
-"""From decoded frames to the clip that the model takes."""
+"""From decoded clips to what the model takes, in batches on the device that they are on.
+
+Clips are uint8 [B, 3, T, S, S] in RGB, or planes [B, T, S * S * 3 / 2] as `decode.decode_views` makes them.
+"""
 
 from __future__ import annotations
 
-import numpy as np
+import math
+
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 
-def crop_resize(frames: NDArray[np.uint8], box: tuple[float, float, float, float], size: int, flip: bool = False) -> Tensor:
-    """Cut `box` (top, left, height, width in pixels) out of `frames` and resize it to a square.
+def to_rgb(clips: Tensor) -> Tensor:
+    """uint8 RGB [B, 3, T, S, S] of clips in either form; RGB itself is returned as it is.
 
-    Args:
-        frames: uint8 [T, H, W, 3].
-
-    Returns:
-        uint8 [3, T, size, size], RGB, bilinear with half-pixel centres.
+    Planes are BT.601 of limited range (ITU-R BT.601-7, 2.5) with centred chroma, which is resized bilinearly.
     """
-    height, width = frames.shape[1:3]
-    top, left = min(int(box[0] + 0.5), height - 1), min(int(box[1] + 0.5), width - 1)
-    bottom = min(max(int(box[0] + box[2] + 0.5), top + 1), height)
-    right = min(max(int(box[1] + box[3] + 0.5), left + 1), width)
-    cut = torch.from_numpy(np.ascontiguousarray(frames[:, top:bottom, left:right]))
-    clip = cut.permute(0, 3, 1, 2)  # [T, 3, h, w]
-    if clip.shape[2:] != (size, size):
-        clip = F.interpolate(clip, size=(size, size), mode="bilinear", align_corners=False)
-    if flip:
-        clip = clip.flip(3)
-    return clip.permute(1, 0, 2, 3).contiguous()
+    if clips.ndim == 5:
+        return clips
+    batch, time, length = clips.shape
+    size = math.isqrt(length * 2 // 3)
+    luma, chroma = clips.split([size * size, length - size * size], 2)
+    y = (luma.view(batch, time, size, size).float() - 16) * (255 / 219)
+    halves = chroma.reshape(batch * time, 2, size // 2, size // 2).float().sub_(128).mul_(255 / 224)
+    blue, red = F.interpolate(halves, scale_factor=2, mode="bilinear").view(batch, time, 2, size, size).unbind(2)
+    rgb = torch.stack((y + 1.402 * red, y - 0.344136 * blue - 0.714136 * red, y + 1.772 * blue), 1)
+    return rgb.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def normalise(clips: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    """uint8 [B, 3, T, H, W] to `dtype`, ``(x - mean) / std`` per channel in float32."""
+    """Clips in either form to RGB [B, 3, T, S, S] of `dtype`, ``(x - mean) / std`` per channel in float32."""
     shape = (1, 3, 1, 1, 1)
     centre = torch.tensor(mean, device=clips.device).view(shape)
     spread = torch.tensor(std, device=clips.device).view(shape)
-    return ((clips.float() - centre) / spread).to(dtype)
+    return ((to_rgb(clips).float() - centre) / spread).to(dtype)

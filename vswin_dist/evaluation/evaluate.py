@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vswin_dist.config.schema import DataSettings
+from vswin_dist.data.decode import clip_shape
 from vswin_dist.data.loader import test_batches
 from vswin_dist.data.plan import rank_share
 from vswin_dist.data.transforms import normalise
@@ -56,7 +57,7 @@ def evaluate(forward: Callable[[Tensor], Tensor], manifest: Manifest, base: str,
     videos = max(1, views.batch // per_video)
     batches, rounds = rank_share(len(manifest.samples), rank.rank, rank.world, videos)
     loader = test_batches(manifest, base, data, batches, views.clips, views.crops, views.shuffle_frames)
-    shape = (videos * per_video, 3, data.frames, data.size, data.size)
+    shape = (videos * per_video, *clip_shape(data.frames, data.size, data.pixel_format))
     found: list[tuple[int, int, np.ndarray]] = []  # sample index, label, probabilities [classes]
     missing: list[tuple[int, str]] = []
     for number in range(rounds):

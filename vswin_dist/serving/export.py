@@ -23,7 +23,7 @@ from vswin_dist.tracking.registry import CARD, WEIGHTS
 
 FORMAT, VERSION = "vswin-model", 1
 # The fields of DataSettings that say how test clips are cut; what a model was trained with, so they travel with it.
-PREPROCESSING = ("sampling", "frames", "stride", "size", "short_side", "mean", "std")
+PREPROCESSING = ("sampling", "frames", "stride", "size", "short_side", "mean", "std", "pixel_format")
 
 
 @dataclass(frozen=True)

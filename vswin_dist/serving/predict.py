@@ -83,7 +83,7 @@ def file_views(video: str, card: ModelCard, clips: int, crops: int) -> Tensor:
         raise DataError(f"no video at {video}") from error
     except IsADirectoryError as error:
         raise DataError(f"{video} is a folder: name the video files") from error
-    return video_views(data, count_frames(data, video), video, card.data_settings(), clips, crops)
+    return video_views(data, *count_frames(data, video), video, card.data_settings(), clips, crops)
 
 
 def load_predictor(model: str, *, uri: str | None = None, clips: int = 1, crops: int = 1, batch: int = 8,

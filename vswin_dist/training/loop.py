@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 
 from vswin_dist.config import Settings, from_flat
+from vswin_dist.data.augment import augment_draws
 from vswin_dist.data.loader import Batch, TrainLoader
 from vswin_dist.data.mixing import cross_entropy, mix
 from vswin_dist.data.plan import Plan, make_plan
 from vswin_dist.data.quarantine import Bad, Ledger
-from vswin_dist.data.transforms import normalise
+from vswin_dist.data.transforms import normalise, to_rgb
 from vswin_dist.evaluation.evaluate import Rank, Views, evaluate
 from vswin_dist.manifest import Manifest, read_manifest
 from vswin_dist.models.stochastic import sample_keys
@@ -77,7 +78,7 @@ def train(job: Job, rank: Rank, report: Report) -> None:
     for step in range(start, last):
         factor = learning_rate_factor(step, plan.steps_per_epoch, s.training.epochs, s.optim)
         rates = engine.set_learning_rate(factor)
-        pending.append(train_step(engine, batches, step, accumulation, s, rank, len(manifest.classes)))
+        pending.append(train_step(engine, batches, step, accumulation, s, rank, len(manifest.classes), plan))
         pending[-1].values |= {f"lr/{g.label}": r for g, r in zip(engine.groups, rates, strict=True)}
 
         done = step + 1
@@ -124,7 +125,7 @@ class StepFigures:
 
 
 def train_step(engine: Engine, batches: Iterator[Batch], step: int, accumulation: int, s: Settings,
-               rank: Rank, classes: int) -> StepFigures:
+               rank: Rank, classes: int, plan: Plan) -> StepFigures:
     """One optimizer step: `accumulation` micro-batches forward and backward, then the update."""
     began, waited = time.perf_counter(), 0.0
     loss_sum = torch.zeros((), device=rank.device)
@@ -135,8 +136,10 @@ def train_step(engine: Engine, batches: Iterator[Batch], step: int, accumulation
         batch = next(batches)
         waited += time.perf_counter() - asked
         bad += batch["bad"]
-        clips = normalise(batch["clips"].to(rank.device, non_blocking=True), s.data.mean, s.data.std,
-                          engine.input_dtype)  # [B, 3, T, H, W]
+        clips = batch["clips"].to(rank.device, non_blocking=True)
+        if s.data.pixel_format == "yuv":
+            clips = augment_draws(to_rgb(clips), s.data, plan, step, batch["draws"])
+        clips = normalise(clips, s.data.mean, s.data.std, engine.input_dtype)  # [B, 3, T, H, W]
         labels = batch["labels"].to(rank.device, non_blocking=True)  # [B]
         clips, targets = mix(clips, labels, classes, s.data, s.run.seed, step, place)
         place += len(clips)

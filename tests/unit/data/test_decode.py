@@ -1,49 +1,218 @@
-"""Frames by number, from any key frame, exactly."""
+"""Views by frame number from any key frame, bit for bit as a full decode gives them; colours, boxes and turns."""
+
+from __future__ import annotations
 
 import io
+import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import av
+import av.filter
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
-from vswin_dist.data.decode import count_frames, decode_frames
-from vswin_dist.errors import DataError
+from vswin_dist.data import decode
+from vswin_dist.data.decode import View, clip_shape, count_frames, decode_views, wanted_frames
+from vswin_dist.data.transforms import to_rgb
+from vswin_dist.errors import ConfigError, DataError
+
+FORMS = ("rgb", "yuv")
 
 
-def video(frames: int, gop: int = 12, bframes: int = 2, container: str = "mp4") -> bytes:
-    """A clip whose frame number is its brightness: frame i is gray 8 * i."""
+def write(pictures: Any, size: tuple[int, int], codec: str = "libx264", container: str = "mp4", pixels: str = "yuv420p",
+          matrix: str = "bt601", full: bool = False, **options: str) -> bytes:
+    """A video of `pictures`, each uint8 [H, W, 3]; `matrix` and `full` say how colours are stored, chroma at the left."""
     out = io.BytesIO()
+    graph = av.filter.Graph()
+    graph.link_nodes(
+        graph.add("buffer", video_size=f"{size[0]}x{size[1]}", pix_fmt="rgb24", time_base="1/25", pixel_aspect="1/1"),
+        graph.add("scale", f"flags=bilinear+accurate_rnd:out_chroma_loc=left:out_color_matrix={matrix}:"
+                           f"out_range={'pc' if full else 'tv'}"),
+        graph.add("format", pixels), graph.add("buffersink")).configure()
     with av.open(out, "w", format=container) as c:
-        stream = c.add_stream("libx264", rate=25, options={"g": str(gop), "bf": str(bframes), "crf": "10"})
-        stream.width = stream.height = 32
-        stream.pix_fmt = "yuv420p"
-        for i in range(frames):
-            c.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), 8 * i, np.uint8), format="rgb24")))
+        stream: Any = c.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = *size, pixels
+        stream.codec_context.colorspace, stream.codec_context.color_range = {"bt601": 6, "bt709": 1}[matrix], 1 + full
+        for number, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = number
+            graph.push(frame)
+            c.mux(stream.encode(graph.pull()))
         c.mux(stream.encode())
     return out.getvalue()
+
+
+def video(frames: int, bframes: int = 2, container: str = "mp4") -> bytes:
+    """A clip whose frame number is its brightness: frame i is gray 8 * i."""
+    return write((np.full((32, 32, 3), 8 * i, np.uint8) for i in range(frames)), (32, 32), container=container,
+                 g="12", bf=str(bframes), crf="10")
+
+
+def picture(width: int, height: int, shift: int = 0) -> np.ndarray:
+    """Smooth colours that differ everywhere, uint8 [H, W, 3]; `shift` moves them."""
+    y, x = np.mgrid[:height, :width] + shift
+    waves = (np.sin(x / 18) + np.sin(y / 26), np.cos(x / 30) + np.sin(y / 16), np.sin((x + y) / 22) + np.cos(x / 42))
+    return np.stack([(127 + 50 * w).astype(np.uint8) for w in waves], 2)
+
+
+def views_of(data: bytes, indices: Any, form: str = "rgb", box: Any = None, shown: tuple[int, int] = (32, 32),
+             size: int = 32, flip: bool = False, frames: int = 30, name: str = "v") -> torch.Tensor:
+    """One view in RGB whatever the form, uint8 [3, T, S, S]; `shown` is (width, height)."""
+    box = box or (0, 0, shown[1], shown[0])
+    made = decode_views(data, [View(np.array(indices), box)], frames=frames, width=shown[0], height=shown[1], size=size,
+                        flip=flip, pixel_format=form, name=name)
+    assert made.shape == (1, *clip_shape(len(indices), size, form)) and made.dtype == torch.uint8
+    return to_rgb(made)[0]
 
 
 @pytest.mark.parametrize("container", ["mp4", "matroska", "avi"])
 @pytest.mark.parametrize("indices", [[0], [29], [13, 14, 15], [25, 3, 3, 17], list(range(30))])
 def test_frames_come_by_their_number(indices: list[int], container: str) -> None:
-    frames = decode_frames(video(30, bframes=0 if container == "avi" else 2, container=container), indices, 30, "v")
-    assert frames.shape == (len(indices), 32, 32, 3) and frames.dtype == np.uint8
-    assert np.abs(frames.mean((1, 2, 3)) - 8 * np.array(indices)).max() < 3
+    data = video(30, bframes=0 if container == "avi" else 2, container=container)
+    for form in FORMS:
+        clip = views_of(data, indices, form).float()
+        assert (clip.mean((0, 2, 3)) - 8 * torch.tensor(indices)).abs().max() < 3
+
+
+@pytest.mark.parametrize(("codec", "options"), [
+    ("libx264", {"g": "20", "bf": "3", "b-pyramid": "normal", "x264-params": "b-adapt=0"}),
+    ("libx264", {"g": "20", "bf": "3", "x264-params": "open-gop=1:b-adapt=0"}),
+    ("mpeg4", {"g": "10", "bf": "2"}),
+    ("libvpx-vp9", {"g": "20", "deadline": "realtime", "cpu-used": "8"}),
+])
+def test_what_is_left_out_changes_no_bit(codec: str, options: dict[str, str]) -> None:
+    data = write((picture(64, 48, 2 * i) for i in range(60)), (64, 48), codec, "matroska", **options)
+    whole = [frame.to_ndarray() for frame in av.open(io.BytesIO(data)).decode(video=0)]
+    rng = np.random.default_rng(0)
+    clips = [rng.integers(60, size=4) for _ in range(6)] + [(start + 2 * np.arange(12)) % 60 for start in (0, 19, 31, 50)]
+    for clip in clips:
+        found = dict(wanted_frames(data, set(clip.tolist()), 60))
+        assert set(found) == set(clip.tolist())
+        assert all(np.array_equal(frame.to_ndarray(), whole[i]) for i, frame in found.items())
+
+
+class Counting:
+    """A decoder that counts the frames it gives out."""
+
+    def __init__(self, decoder: Any, given: list[int]) -> None:
+        self.__dict__.update(decoder=decoder, given=given)
+
+    def decode(self, packet: Any) -> Any:
+        frames = self.decoder.decode(packet)
+        self.given.extend(frame.pts for frame in frames)
+        return frames
+
+    def flush_buffers(self) -> None:
+        self.decoder.flush_buffers()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.decoder, name, value)
+
+
+def test_frames_that_no_other_needs_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write((picture(64, 48, 2 * i) for i in range(60)), (64, 48), "libx264", "mp4", g="20", bf="3",
+                 **{"b-pyramid": "none", "x264-params": "b-adapt=0:scenecut=0"})
+    given: list[int] = []
+    plain = decode._decode
+    monkeypatch.setattr(decode, "_decode", lambda decoder, *args: plain(Counting(decoder, given), *args))
+    assert len(dict(wanted_frames(data, {21, 56}, 60))) == 2
+    assert len(given) == 3 + 5  # of each fourth frame, what lies between is skipped: 20, 24 and 21; 40, 44 ... 56
+
+
+def test_spans_begin_at_key_frames_and_join() -> None:
+    order = [0, 4, 2, 1, 3, 8, 6, 5, 7, 12, 10, 9, 11]  # decoding order, by presentation number; key frames 0, 8, 12
+    packets: list[Any] = [SimpleNamespace(pts=t, is_keyframe=t in (0, 8, 12)) for t in order]
+    assert decode._spans(packets, [2]) == [(0, 3)]
+    assert decode._spans(packets, [7]) == [(0, 9)]  # an open group: decoded after key frame 8, shown before it
+    assert decode._spans(packets, [1, 11]) == [(0, 4), (5, 13)]
+    assert decode._spans(packets, [12, 9, 3]) == [(0, 12)]  # adjoining parts are one
+
+
+COLOURS = {  # pixels, matrix, full range, width, height
+    "601": ("yuv420p", "bt601", False, 160, 120), "709": ("yuv420p", "bt709", False, 160, 120),
+    "full": ("yuvj420p", "bt601", True, 160, 120), "709 full": ("yuv420p", "bt709", True, 160, 120),
+    "10 bits": ("yuv420p10le", "bt601", False, 160, 120), "4:4:4": ("yuv444p", "bt601", False, 160, 120),
+    "4:2:2": ("yuv422p", "bt601", False, 160, 120), "odd": ("yuv420p", "bt601", False, 161, 121),
+    "rgb": ("bgr0", "bt601", True, 160, 120),
+}
+
+
+@pytest.mark.parametrize("box", [(0, 0, 120, 160), (20, 30, 64, 64), (21, 31, 75, 91)], ids=["whole", "even", "odd"])
+@pytest.mark.parametrize("colours", COLOURS)
+def test_colours_come_out_as_those_of_the_plain_path(colours: str, box: tuple[int, ...]) -> None:
+    """Against the picture that was encoded (without loss but that of YUV), cut and resized in float."""
+    pixels, matrix, full, width, height = COLOURS[colours]
+    source = picture(width, height)
+    codec, options = ("libx264", {"qp": "0"}) if pixels == "yuvj420p" else ("ffv1", {})
+    data = write([source] * 2, (width, height), codec, "matroska", pixels, matrix, full, **options)
+    top, left, high, wide = box
+    cut = torch.from_numpy(source[top:top + high, left:left + wide]).permute(2, 0, 1)[None].double()
+    plain = F.interpolate(cut, size=(64, 64), mode="bilinear", antialias=True)[0]
+    made = {form: views_of(data, [1], form, box, (width, height), 64, frames=2)[:, 0].double() for form in FORMS}
+    for form in FORMS:
+        error = (made[form] - plain).abs()
+        assert error.mean() < 1.3 and error.max() <= 10, (form, error.mean(), error.max())
+    apart = (made["rgb"] - made["yuv"]).abs()
+    assert apart.mean() < 0.9 and apart.max() <= 8, (apart.mean(), apart.max())
+
+
+def turned(data: bytes, matrix: tuple[int, ...]) -> bytes:
+    """An mp4 whose header says that it is to be shown turned."""
+    at = data.index(b"tkhd") + 44
+    fixed = (*(v << 16 for v in matrix), 0, 0, 0, 1 << 30)
+    matrix_bytes = b"".join(int(v).to_bytes(4, "big", signed=True)
+                            for v in (*fixed[:2], 0, *fixed[2:4], 0, 0, 0, 1 << 30))
+    return data[:at] + matrix_bytes + data[at + 36:]
+
+
+@pytest.mark.parametrize(("matrix", "clockwise"), [((0, 1, -1, 0), 1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 3)])
+@pytest.mark.parametrize("form", FORMS)
+def test_boxes_are_cut_as_displayed(matrix: tuple[int, ...], clockwise: int, form: str) -> None:
+    plain = write([picture(96, 64)] * 3, (96, 64), crf="1")
+    shown = np.rot90(views_of(plain, [0], form, None, (96, 64), 64, frames=3)[:, 0].permute(1, 2, 0).numpy(), -clockwise)
+    width, height = (96, 64) if clockwise == 2 else (64, 96)
+    whole = views_of(turned(plain, matrix), [0], form, None, (width, height), 64, frames=3)[:, 0].permute(1, 2, 0).numpy()
+    assert np.abs(whole.astype(int) - shown).mean() < 1
+    box = (10, 6, 50, 44)
+    part = views_of(turned(plain, matrix), [0], form, box, (width, height), 32, frames=3)[:, 0].float()
+    frame = next(av.open(io.BytesIO(plain)).decode(video=0)).to_ndarray(format="rgb24")
+    cut = np.rot90(frame, -clockwise)[box[0]:box[0] + box[2], box[1]:box[1] + box[3]].copy()
+    resized = F.interpolate(torch.from_numpy(cut).permute(2, 0, 1)[None].float(), (32, 32), mode="bilinear", antialias=True)
+    assert (part - resized[0]).abs().mean() < 2.5
+    assert count_frames(turned(plain, matrix), "v") == (3, width, height)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_flip_mirrors_and_views_do_not_disturb_each_other(form: str) -> None:
+    data = write((picture(96, 64, i) for i in range(12)), (96, 64), g="6")
+    args: dict[str, Any] = {"frames": 12, "width": 96, "height": 64, "size": 32, "pixel_format": form, "name": "v"}
+    boxes = ((0, 0, 64, 64), (3, 20, 41, 50))
+    views = [View(np.array(i), box) for i, box in itertools.product(([1, 3, 5], [5, 7, 1]), boxes)]
+    together = decode_views(data, views, **args)
+    for v, view in enumerate(views):
+        assert torch.equal(together[v], decode_views(data, [view], **args)[0])
+    flipped = to_rgb(decode_views(data, views, flip=True, **args))
+    assert torch.equal(flipped, to_rgb(together).flip(-1))
 
 
 def test_bad_files_are_named() -> None:
     with pytest.raises(DataError, match="clip7"):
-        decode_frames(b"no video at all", [0], 1, "clip7")
+        views_of(b"no video at all", [0], frames=1, name="clip7")
     with pytest.raises(DataError, match="clip8"):
         count_frames(video(10)[:300], "clip8")
     with pytest.raises(DataError, match=r"frames 0\.\.12 asked for, it has 10"):
-        decode_frames(video(10), [0, 12], 10, "clip9")
+        views_of(video(10), [0, 12], frames=10)
+    with pytest.raises(ConfigError, match=r"even data\.size, not 31"):
+        views_of(video(10), [0], "yuv", size=31, frames=10)
 
 
 def test_a_manifest_that_promises_too_many_frames_is_an_error() -> None:
     with pytest.raises(DataError, match="frame 11 of 12 does not decode"):
-        decode_frames(video(10), [1, 11], 12, "clip")
+        views_of(video(10), [1, 11], frames=12)
 
 
 def test_frames_are_counted() -> None:
-    assert count_frames(video(17), "v") == 17
+    assert count_frames(video(17), "v") == (17, 32, 32)

@@ -17,6 +17,7 @@ from vswin_dist.config import load_settings
 from vswin_dist.data import loader as feeding
 from vswin_dist.data.loader import Batch, TrainLoader
 from vswin_dist.data.plan import Plan, make_plan
+from vswin_dist.data.transforms import to_rgb
 from vswin_dist.errors import CheckpointError, DataError
 from vswin_dist.evaluation.evaluate import Rank, Views, evaluate
 from vswin_dist.manifest import Manifest, read_manifest
@@ -194,9 +195,11 @@ def test_evaluation_counts_what_it_cannot_read(motion_shards: Path, tmp_path: Pa
     assert [b["indices"].tolist() for b in there] == [[2, 3], [4], [5, 6], [7]]
 
 
-def test_frames_in_random_order_are_the_same_frames(motion_shards: Path) -> None:
-    s, manifest = settings(motion_shards), read_manifest(str(motion_shards / "val"))
-    ordered, shuffled = (next(feeding.test_batches(manifest, s.val, s, [[0]], 1, 1, x))["views"][0] for x in (False, True))
+@pytest.mark.parametrize("form", ["rgb", "yuv"])
+def test_frames_in_random_order_are_the_same_frames(motion_shards: Path, form: str) -> None:
+    s, manifest = settings(motion_shards, f"data.pixel_format={form}"), read_manifest(str(motion_shards / "val"))
+    batches = (next(feeding.test_batches(manifest, s.val, s, [[0]], 1, 1, shuffled)) for shuffled in (False, True))
+    ordered, shuffled = (to_rgb(batch["views"][0]) for batch in batches)
     assert not torch.equal(ordered, shuffled)
     sums = [sorted(v[0].float().sum((0, 2, 3)).tolist()) for v in (ordered, shuffled)]
     assert sums[0] == sums[1]

@@ -1,0 +1,234 @@
+"""Speed of feeding on one core, beside the readers that one would use otherwise, in one process and taking turns.
+
+``python jobs/benchmark.py loader SOURCE ...``: each source is a folder of videos with index.csv (first column: the
+path) or the URL of shards. Prints tables, then one JSON. See `measure` for what the figures are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from vswin_dist import storage
+from vswin_dist.config.schema import DataSettings
+from vswin_dist.data import bench_readers as br
+from vswin_dist.data import sampling
+from vswin_dist.data.decode import View, count_frames
+from vswin_dist.data.fetch import Members
+from vswin_dist.data.loader import TrainLoader
+from vswin_dist.data.plan import Plan
+from vswin_dist.data.transforms import normalise
+from vswin_dist.errors import DataError
+from vswin_dist.manifest import read_manifest
+
+STAGES = ("fetch", "decode", "convert", "collate", "normalise")
+MOST_VIDEOS = 50
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video of a source: how its bytes are fetched, and its facts."""
+
+    fetch: Callable[[], bytes]
+    frames: int
+    width: int
+    height: int
+
+
+def videos(source: str) -> list[Video]:
+    """At most `MOST_VIDEOS` of a folder with index.csv, or of shards.
+
+    Raises:
+        DataError: neither is there, or a video does not decode.
+    """
+    index = Path(source, "index.csv")
+    if not index.exists():
+        manifest = read_manifest(source)
+        members = Members(manifest, source)
+        return [Video(lambda i=i: members.read(i), s.frames, s.width, s.height)  # type: ignore[misc]
+                for i, s in enumerate(manifest.samples[:MOST_VIDEOS])]
+    with index.open(newline="") as file:
+        paths = [str(index.parent / next(iter(row.values()))) for row in csv.DictReader(file)][:MOST_VIDEOS]
+    if not paths:
+        raise DataError(f"{index} names no video")
+    return [Video(lambda p=p: storage.read_bytes(p), *count_frames(storage.read_bytes(p), p))  # type: ignore[misc]
+            for p in paths]
+
+
+def clips_of(found: list[Video], count: int, s: DataSettings) -> list[tuple[Video, br.Clip]]:
+    """`count` random training clips, by turns of the videos; the same in every run."""
+    made = []
+    for n in range(count):
+        video, rng = found[n % len(found)], np.random.default_rng([0, n])
+        indices = sampling.train_indices(video.frames, s.frames, s.stride, s.sampling or "dense", rng)
+        box = br.cut_box(sampling.train_box(video.height, video.width, s.crop_scale, s.crop_ratio, rng))
+        made.append((video, br.Clip(View(indices, box), bool(rng.random() < s.flip), s.size, video.frames, video.width,
+                                    video.height)))
+    return made
+
+
+def measure(source: str, s: DataSettings, count: int, repeats: int, with_peers: bool) -> dict[str, Any]:
+    """Processor seconds for one clip: what a core must do, whatever else the machine does; waits for storage are no part.
+
+    Every reader reads the same clips from the same bytes, taking turns at each clip; a figure is the mean over the clips
+    of the median of `repeats` rounds. It is of the fetch (a file, or a shard's member and its checksum; of the plain way
+    a sample from webdataset), of opening the video, decoding, crop and resize; libav's is of decoding alone.
+    """
+    plan = clips_of(videos(source), count, s)
+    found, missing = br.readers(with_peers)
+    stream = br.webdataset_stream(source)
+    times: dict[str, list[list[float]]] = {name: [[] for _ in plan] for name in (*found, *STAGES)}
+    for turn in range(repeats + 1):
+        for number, (video, clip) in enumerate(plan):
+            data, fetched = _timed(video.fetch)
+            spent = {name: fetched + _timed(reader(data, clip))[1] for name, reader in found.items()}
+            spent[br.LIMIT] -= fetched
+            if stream and br.PLAIN in spent:
+                spent[br.PLAIN] += _timed(lambda: next(stream))[1] - fetched
+            spent |= {"fetch": fetched, **_stages(data, clip, s)}
+            for name, seconds in spent.items() if turn else ():  # the first turn warms up
+                times[name][number].append(seconds)
+    mean = {name: float(np.mean([median(runs) for runs in rows])) for name, rows in times.items()}
+    ours = mean[next(name for name, form in br.OURS.items() if form == s.pixel_format)]
+    mean["convert"] = max(ours - mean["fetch"] - mean["decode"], 0.0)
+    return {"source": source, "clips": count, "repeats": repeats, "readers_s": {name: mean[name] for name in found},
+            "stages_s": {name: mean[name] for name in STAGES}, "missing": missing}
+
+
+def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
+    began = time.process_time()
+    made = run()
+    return made, time.process_time() - began
+
+
+def _stages(data: bytes, clip: br.Clip, s: DataSettings) -> dict[str, float]:
+    """Seconds of the parts of our way that are not told apart by reading alone."""
+    made = br.ours(data, clip, s.pixel_format)()
+    batch, collate = _timed(lambda: torch.cat([made] * 4))
+    return {"decode": _timed(lambda: br.frames_alone(data, clip))[1], "convert": 0.0, "collate": collate / 4,
+            "normalise": _timed(lambda: normalise(batch[:1], s.mean, s.std, torch.bfloat16))[1]}
+
+
+def consume(url: str, s: DataSettings, clips: int, rate: float | None) -> tuple[float, float]:
+    """(clips per second, share of the time that the consumer waited) of the loader with `s.workers` processes.
+
+    Args:
+        rate: clips per second that are taken; None: as many as come.
+    """
+    manifest = read_manifest(url)
+    batch = min(4, len(manifest.samples))
+    plan = Plan(manifest.fingerprint, len(manifest.samples), 0, batch)
+    warm = max(1, s.workers * s.prefetch)
+    batches = iter(TrainLoader(manifest, replace(s, train=url), plan, 0, 1, batch, last=warm + clips // batch))
+    for _ in range(warm):
+        next(batches)
+    began, waited = time.perf_counter(), 0.0
+    for _ in range(clips // batch):
+        asked = time.perf_counter()
+        next(batches)
+        waited += time.perf_counter() - asked
+        time.sleep(batch / rate if rate else 0.0)
+    seconds = time.perf_counter() - began
+    return clips // batch * batch / seconds, waited / seconds
+
+
+def cores_needed(gpus: int, clips_per_gpu: float, seconds_per_clip: float) -> int:
+    """Cores that a node needs for decoding to keep `gpus` fed that take `clips_per_gpu` clips per second each."""
+    return math.ceil(gpus * clips_per_gpu * seconds_per_clip)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result of `measure` as text; speeds as multiples of each reader's, and of libav's decoding alone."""
+    rows = result["readers_s"]
+    ours = [rows[name] for name in br.OURS]
+    lines = [(f"{result['source']} ({result['clips']} clips)", "ms/clip", "clips/s/core", *(f"{n} is" for n in br.OURS))]
+    lines += [(name, f"{1e3 * t:.2f}", f"{1 / t:.1f}", *(f"{t / o:.2f}x" for o in ours)) for name, t in rows.items()]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join((c.ljust if i == 0 else c.rjust)(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+            for line in lines]
+    text.append("stages, ms/clip: " + ", ".join(f"{name} {1e3 * t:.2f}" for name, t in result["stages_s"].items()))
+    text += [f"not measured: {name}: {why}" for name, why in result["missing"].items()]
+    return "\n".join(text)
+
+
+def compared(results: list[dict[str, Any]]) -> list[str]:
+    """Our speed on each source as a multiple of decord2's on every source."""
+    return [f"{name} on {r['source']}: {other['readers_s'][br.DECORD] / r['readers_s'][name]:.2f}x decord2 + OpenCV on "
+            f"{other['source']}" for r in results for name in br.OURS for other in results
+            if br.DECORD in other["readers_s"]]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: print the tables, then the JSON."""
+    parser = argparse.ArgumentParser(prog="benchmark.py loader", description=__doc__)
+    parser.add_argument("sources", nargs="+", help="folders with index.csv, or URLs of shards")
+    parser.add_argument("--clips", type=int, default=30, help="clips of each source")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--frames", type=int, default=32)
+    parser.add_argument("--stride", type=int, default=2)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--pixel-format", choices=("rgb", "yuv"), default="yuv", help="of the stages and of the processes")
+    parser.add_argument("--workers", type=int, default=0, help="measure also so many processes, on shards")
+    parser.add_argument("--rate", type=float, help="clips/s that the consumer takes; else 80%% of what it could have")
+    parser.add_argument("--gpus", type=int, default=0, help="of a node, to be kept fed")
+    parser.add_argument("--clips-per-gpu", type=float, default=0.0, help="clips/s that each of them takes")
+    parser.add_argument("--no-peers", action="store_true")
+    args = parser.parse_args(arguments)
+    s = DataSettings(train="", sampling="dense", frames=args.frames, stride=args.stride, size=args.size,
+                     pixel_format=args.pixel_format, workers=args.workers)
+    results = _on_one_core(lambda: [measure(x, s, args.clips, args.repeats, not args.no_peers) for x in args.sources])
+    for result in results:
+        print(table(result), end="\n\n")
+        if args.gpus:
+            for name in br.OURS:
+                need = cores_needed(args.gpus, args.clips_per_gpu, result["readers_s"][name])
+                result.setdefault("cores", {})[name] = need
+                print(f"{args.gpus} GPUs of {args.clips_per_gpu:g} clips/s need {need} cores ({name}, this processor)")
+        if args.workers and not Path(result["source"], "index.csv").exists():
+            result["in_all"] = _in_all(result["source"], s, args)
+    print("\n".join(compared(results)))
+    print(json.dumps({"machine": f"{platform.machine()}, {os.cpu_count()} cores", "frames": args.frames,
+                      "stride": args.stride, "size": args.size, "pixel_format": args.pixel_format, "sources": results}))
+    return 0
+
+
+def _in_all(url: str, s: DataSettings, args: argparse.Namespace) -> dict[str, float]:
+    """Rate and wait share with processes, printed."""
+    most, _ = consume(url, s, args.clips * 8, None)
+    rate = args.rate or 0.8 * most
+    taken, share = consume(url, s, args.clips * 8, rate)
+    print(f"{s.workers} processes: {most:.1f} clips/s in all; a consumer of {rate:.1f} clips/s gets {taken:.1f} and waits "
+          f"{share:.1%} of the time")
+    return {"workers": s.workers, "clips_per_s": most, "consumer_rate": rate, "taken_per_s": taken, "wait_share": share}
+
+
+def _on_one_core(run: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """`run()` with one thread on one core, where the system can bind to one."""
+    threads, cores = torch.get_num_threads(), os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    torch.set_num_threads(1)
+    if cores:
+        os.sched_setaffinity(0, {min(cores)})
+    try:
+        return run()
+    finally:
+        torch.set_num_threads(threads)
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""A box of a decoded frame, resized to a square: cropped as planes, then scaled and converted in one pass by FFmpeg.
+
+Whatever the video has (10 bits, full range, BT.709, other subsampling, rotation) comes out in one form.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import av
+import av.filter
+import numpy as np
+from numpy.typing import NDArray
+
+Box = tuple[float, float, float, float]  # top, left, height, width in pixels as displayed
+
+_TURN = {1: (("transpose", "cclock"),), 2: (("hflip", ""), ("vflip", "")), 3: (("transpose", "clock"),)}  # quarter turns
+_PLANES = {"rgb": ("gbrp", (2, 0, 1)), "yuv": ("yuv420p", (0, 1, 2))}  # FFmpeg's format, and its planes in our order
+# AVColorSpace -> the colorspace filter's name, of matrices that differ from BT.601
+_MATRICES = {1: "bt709", 4: "fcc", 7: "smpte240m", 9: "bt2020nc", 10: "bt2020nc"}
+_FULL_RANGE = 2  # AVColorRange
+
+
+class Scaler:
+    """Cuts boxes out of frames of one video, keeping the filter graph of each box and kind of frame.
+
+    Args: as those of `decode.decode_views`.
+    """
+
+    def __init__(self, width: int, height: int, size: int, flip: bool, pixel_format: str) -> None:
+        self.width, self.height, self.size, self.flip, self.pixel_format = width, height, size, flip, pixel_format
+        self._graphs: dict[tuple[Any, ...], av.filter.Graph] = {}
+
+    def __call__(self, frame: av.VideoFrame, box: Box) -> list[NDArray[np.uint8]]:
+        """R, G, B [S, S], or Y [S, S], U, V [S/2, S/2], as views of FFmpeg's memory that live on with them."""
+        shape = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range, frame.rotation, box)
+        graph = self._graphs.get(shape)
+        if graph is None:
+            graph = self._graphs[shape] = self._build(frame, box)
+        graph.push(frame)
+        planes = graph.pull().planes
+        return [np.ndarray((p.height, p.width), np.uint8, buffer=p, strides=(p.line_size, 1))  # type: ignore[call-overload]
+                for p in (planes[i] for i in _PLANES[self.pixel_format][1])]
+
+    def _build(self, frame: av.VideoFrame, box: Box) -> av.filter.Graph:
+        """buffer -> crop -> scale and convert -> [turn] -> [flip], for frames of this kind."""
+        turns = round(frame.rotation / 90) % 4
+        top, left, height, width = self._on_frame(frame, box, turns)
+        graph = av.filter.Graph()
+        graph.threads = 1
+        source = graph.add("buffer", video_size=f"{frame.width}x{frame.height}", pix_fmt=frame.format.name,
+                           time_base="1/1000", pixel_aspect="1/1", colorspace=str(frame.colorspace),
+                           range=str(frame.color_range))
+        steps = [*_eight_bits(frame), ("crop", f"{width}:{height}:{left}:{top}:exact=1"),
+                 ("scale", f"{self.size}:{self.size}:flags=bilinear{self._made(frame)}"
+                           f"{_chroma_place(frame, top, left, height, width)}"),
+                 ("format", _PLANES[self.pixel_format][0]), *self._recoloured(frame), *_TURN.get(turns, ()),
+                 *([("hflip", "")] if self.flip else []), ("buffersink", "")]
+        for before, after in itertools.pairwise([source, *(graph.add(name, how or None) for name, how in steps)]):
+            before.link_to(after)
+        graph.configure()
+        return graph
+
+    def _on_frame(self, frame: av.VideoFrame, box: Box, turns: int) -> tuple[int, int, int, int]:
+        """`box` in whole pixels of the frame as it is stored: turned back, and with its pixels' shape."""
+        high, wide = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)  # as displayed
+        y, x = high / self.height, wide / self.width
+        top, left = min(int(box[0] * y + 0.5), high - 1), min(int(box[1] * x + 0.5), wide - 1)
+        bottom = min(max(int((box[0] + box[2]) * y + 0.5), top + 1), high)
+        right = min(max(int((box[1] + box[3]) * x + 0.5), left + 1), wide)
+        for _ in range(turns):  # what is shown a quarter counter-clockwise is stored with its top at the right
+            top, left, bottom, right, high, wide = left, high - bottom, right, high - top, wide, high
+        return top, left, bottom - top, right - left
+
+    def _made(self, frame: av.VideoFrame) -> str:
+        """What the scaler is told of the pixels that it makes.
+
+        RGB: to be exact also where nothing is resized (it has a coarse short cut there). YUV: chroma in the middle of its
+        four pixels, so that a flip or turn keeps it there.
+        """
+        if self.pixel_format == "rgb":
+            return "+accurate_rnd"
+        matrix = ":out_color_matrix=bt601:out_range=tv" if frame.format.is_rgb else ""
+        return f":out_chroma_loc=center{matrix}"
+
+    def _recoloured(self, frame: av.VideoFrame) -> list[tuple[str, str]]:
+        """The step that makes BT.601 limited range of other YUV; the scaler alone would go through RGB for it."""
+        full = frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj")
+        if self.pixel_format == "rgb" or frame.format.is_rgb or not (full or frame.colorspace in _MATRICES):
+            return []
+        matrix = _MATRICES.get(frame.colorspace, "smpte170m")
+        return [("colorspace", f"all=smpte170m:iall=smpte170m:ispace={matrix}:irange={'pc' if full else 'tv'}:"
+                               "space=smpte170m:range=tv:fast=1:format=yuv420p")]
+
+
+def _eight_bits(frame: av.VideoFrame) -> list[tuple[str, str]]:
+    """The step that makes 8 bits of deeper planes: FFmpeg's crop mistakes the place of their chroma at odd pixels."""
+    deep = max(c.bits for c in frame.format.components) > 8 and frame.format.chroma_width(2) == 1
+    return [("format", "yuv422p" if frame.format.chroma_height(2) == 2 else "yuv420p")] if deep else []
+
+
+def _chroma_place(frame: av.VideoFrame, top: int, left: int, height: int, width: int) -> str:
+    """Where the crop's first chroma sample lies, in 1/256 pixel: at the left, as in MPEG-2 to AV1, between two lines.
+
+    A crop that begins at an odd pixel begins with the chroma sample of the pixel before it. One of odd length has half a
+    sample too many, which FFmpeg squeezes in: half a pixel to the right, chroma is off by half a pixel at most.
+    """
+    place = ""
+    if frame.format.chroma_width(2) == 1:
+        place += f":in_h_chr_pos={-256 * (left % 2) + 128 * (width % 2)}"
+    if frame.format.chroma_height(2) == 1:
+        place += f":in_v_chr_pos={128 - 256 * (top % 2) + 128 * (height % 2)}"
+    return place
