@@ -14,6 +14,7 @@ from vswin_dist import storage
 from vswin_dist.errors import DataError, WorkFailed
 
 CHUNK = 1 << 20
+BLOCK = 512  # of a tar
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,19 @@ class JoinedReader:
         self._number = 0
         self._offset = 0
         self._file: IO[bytes] | None = None
+        self._ahead = b""
         self.count = 0  # bytes read so far
 
+    def peek(self) -> bytes:
+        """What `read` will give next."""
+        self._ahead = self._ahead or self.read()
+        return self._ahead
+
     def read(self, size: int = CHUNK) -> bytes:
-        """Up to `size` bytes; ``b""`` at the end of the last file."""
+        """Up to `size` bytes (or what `peek` showed); ``b""`` at the end of the last file."""
+        if self._ahead:
+            data, self._ahead = self._ahead, b""
+            return data
         while self._number < len(self._urls):
             data = patiently(lambda: self._read_once(size))
             if data:
@@ -54,7 +64,7 @@ class JoinedReader:
                 fs, path = storage.filesystem(url)
                 self._file = fs.open(path, "rb")
                 if self._offset:
-                    self._file.seek(self._offset)
+                    _skip(self._file, self._offset)
             return self._file.read(size)
         except FileNotFoundError as error:
             raise WorkFailed(f"archive {url} does not exist any more") from error
@@ -69,6 +79,58 @@ class JoinedReader:
             self._file = None
 
 
+def _skip(file: IO[bytes], count: int) -> None:
+    """Move a file that was just opened to byte `count`."""
+    try:
+        file.seek(count)
+    except ValueError:  # a web server without ranges: read what was read already once more
+        while count:
+            data = file.read(min(count, CHUNK))
+            if not data:
+                raise EOFError("it is shorter than before") from None
+            count -= len(data)
+
+
+class _Stream:
+    """The tar within `reader`'s bytes, plain or gzip in any number of members; checksums are checked.
+
+    tarfile's own gzip streams end quietly where the file breaks off, and ignore checksums and further members.
+    """
+
+    def __init__(self, reader: JoinedReader) -> None:
+        self._reader = reader
+        self._inflate = zlib.decompressobj(31) if reader.peek()[:2] == b"\x1f\x8b" else None
+        self._compressed = b""
+        self._tail = b""
+
+    def read(self, size: int) -> bytes:
+        data = self._inflated(size) if self._inflate else self._reader.read(size)
+        if data:
+            self._tail = data[-BLOCK:] if len(data) >= BLOCK else (self._tail + data)[-BLOCK:]
+        return data
+
+    def _inflated(self, size: int) -> bytes:
+        assert self._inflate is not None
+        while data := self._compressed or self._reader.read():
+            if self._inflate.eof:
+                data = data.lstrip(b"\0")  # padding between members
+                self._inflate = zlib.decompressobj(31) if data else self._inflate
+            made = self._inflate.decompress(data, size) if data else b""
+            self._compressed = self._inflate.unconsumed_tail or (data and self._inflate.unused_data)
+            if made:
+                return made
+        if not self._inflate.eof:
+            raise EOFError("the gzip stream breaks off")
+        return b""
+
+    def finish(self) -> None:
+        """Read on to the end. Raises EOFError where the tar lacks its end mark, a block of zeros."""
+        while self.read(CHUNK):
+            pass
+        if len(self._tail) < BLOCK or self._tail.strip(b"\0"):
+            raise EOFError("it breaks off")
+
+
 def members(urls: list[str], wanted: Any) -> Iterator[Member]:
     """Every regular file of the tar (plain or compressed) that the files at `urls` make up, in its order.
 
@@ -81,17 +143,22 @@ def members(urls: list[str], wanted: Any) -> Iterator[Member]:
     reader = JoinedReader(urls)
     count = 0
     try:
-        with tarfile.open(fileobj=reader, mode="r|*", bufsize=CHUNK) as tar:  # type: ignore[call-overload]
+        stream = _Stream(reader)
+        with tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK) as tar:  # type: ignore[call-overload]
             for info in tar:
                 tar.members = []  # tarfile would remember every header
                 count += 1
+                name = info.name.encode(errors="surrogateescape").decode(errors="backslashreplace")  # as UTF-8 text
                 if refusal := _refusal(info):
-                    yield Member(info.name, b"", refusal)
-                elif info.isfile() and not info.name.rsplit("/", 1)[-1].startswith("."):
-                    yield Member(info.name, _bytes(tar, info) if wanted(info.name) else b"")
+                    yield Member(name, b"", refusal)
+                elif info.isfile() and not name.rsplit("/", 1)[-1].startswith("."):
+                    yield Member(name, _bytes(tar, info) if wanted(name) else b"")
+        stream.finish()
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise WorkFailed(f"archive {urls[0]} is damaged after {count} members, {reader.count:,} bytes: {error}. "
-                         "Get it again, then run the same command again.") from error
+                         + ("What it gave so far may be wrong: get it again, remove the output and start anew."
+                            if "data check" in str(error) else "Get it again, then run the same command again.")
+                         ) from error
     finally:
         reader.close()
 

@@ -150,7 +150,8 @@ def verify_command(arguments: argparse.Namespace) -> int:
         rebuilt, wrong = repair(arguments.url, arguments.workers)
         for problem in (p for problems in wrong.values() for p in problems):
             print(problem)
-        print("\n".join(f"{name}: rebuilt" for name in rebuilt))
+        for name in rebuilt:
+            print(f"{name}: rebuilt")
     wrong = verify_dataset(arguments.url, arguments.workers)
     for problem in (p for problems in wrong.values() for p in problems):
         print(problem)
@@ -204,7 +205,13 @@ def _stop(*_: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     arguments = parser().parse_args(argv)
-    return run_command(lambda: arguments.run(arguments))
+
+    def run() -> int:
+        for value in vars(arguments).values():
+            for text in value if isinstance(value, list) else [value]:
+                sources.check_url(str(text))
+        return int(arguments.run(arguments))
+    return run_command(run)
 
 
 def entry_point() -> None:

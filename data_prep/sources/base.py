@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from vswin_dist import storage
-from vswin_dist.errors import DataError, nearest
+from vswin_dist.errors import ConfigError, DataError, nearest
 from vswin_dist.manifest import FILE_NAME, read_manifest
 
 
@@ -57,6 +57,20 @@ class Source(Protocol):
 
 
 BESIDE = (".csv", ".txt", ".json", ".md", ".md5", ".sha256")  # what may lie beside archives
+
+
+_SECRET = re.compile(r"[?&][^=&]*(signature|credential|token|sig|secret|password|accesskeyid)[^=&]*=", re.IGNORECASE)
+
+
+def check_url(url: str) -> None:
+    """Refuse a URL that carries a user, a password or a signature: URLs go into journals, manifests and logs.
+
+    Raises:
+        ConfigError: it does; the URL is not repeated.
+    """
+    scheme, _, rest = url.partition("://")
+    if rest and ("@" in rest.partition("/")[0] or _SECRET.search(rest)):
+        raise ConfigError(f"a URL ({scheme}://...) must not carry credentials; give them in the environment")
 
 
 def is_archive(name: str) -> bool:
@@ -118,6 +132,9 @@ def find_files(url: str) -> list[str]:
     files = [f for f in storage.with_retry(read, url) if not any(part.startswith(".") for part in f.split("/"))]
     if not files:
         raise DataError(f"video folder {url} holds no files")
+    for name in files:
+        if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):  # bytes that are no text
+            raise DataError(f"{url}: the file name {name!a} is not UTF-8; rename it")
     return files
 
 
