@@ -35,6 +35,7 @@ class JoinedReader:
         self._offset = 0
         self._file: IO[bytes] | None = None
         self._ahead = b""
+        self._ranges = True  # whether files can be read from any place; some web servers cannot
         self.count = 0  # bytes read so far
 
     def peek(self) -> bytes:
@@ -61,15 +62,15 @@ class JoinedReader:
         url = self._urls[self._number]
         try:
             if self._file is None:
-                fs, path = storage.filesystem(url)
-                self._file = fs.open(path, "rb")
-                if self._offset:
-                    _skip(self._file, self._offset)
+                self._file = _open_at(url, self._offset) if self._ranges else _stream_from(url, self._offset)
             return self._file.read(size)
         except FileNotFoundError as error:
             raise WorkFailed(f"archive {url} does not exist any more") from error
         except Exception as error:
             self.close()
+            if isinstance(error, ValueError) and self._ranges and url.startswith("http"):
+                self._ranges = False
+                return self._read_once(size)
             raise DataError(f"{url} at byte {self._offset}: {type(error).__name__}: {error}") from error
 
     def close(self) -> None:
@@ -79,16 +80,26 @@ class JoinedReader:
             self._file = None
 
 
-def _skip(file: IO[bytes], count: int) -> None:
-    """Move a file that was just opened to byte `count`."""
-    try:
-        file.seek(count)
-    except ValueError:  # a web server without ranges: read what was read already once more
-        while count:
-            data = file.read(min(count, CHUNK))
-            if not data:
-                raise EOFError("it is shorter than before") from None
-            count -= len(data)
+def _open_at(url: str, offset: int) -> IO[bytes]:
+    fs, path = storage.filesystem(url)
+    file: IO[bytes] = fs.open(path, "rb")
+    if offset:
+        file.seek(offset)
+    return file
+
+
+def _stream_from(url: str, offset: int) -> IO[bytes]:
+    """One request for the whole file, of which the first `offset` bytes are read and dropped."""
+    import aiohttp
+    import fsspec
+    patient = aiohttp.ClientTimeout(total=None, sock_read=60)  # as long as it takes; aiohttp's own limit is 5 minutes
+    file: IO[bytes] = fsspec.filesystem("http", client_kwargs={"timeout": patient}).open(url, "rb", block_size=0)
+    while offset:
+        data = file.read(min(offset, CHUNK))
+        if not data:
+            raise EOFError("it is shorter than before")
+        offset -= len(data)
+    return file
 
 
 class _Stream:

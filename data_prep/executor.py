@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from vswin_dist.errors import VswinError, WorkFailed
 
-DEATHS = 3  # of workers on one task, after which the task is given up
+DEATHS = 5  # of workers on one task, after which the task is given up
 STARTS = 10  # that fail one after the other, after which the work is
 
 
