@@ -232,6 +232,19 @@ def test_what_a_killed_run_left_half_written_is_removed(folders: Path, tmp_path:
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_file_names_are_only_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["-dash.mp4", "a;touch here $(touch here).mp4", "a::b.mp4", "[x]*?.mp4", "ä.mp4", "new\nline.mp4", "~.mp4"]
+    for seed, name in enumerate(names):
+        make_video(tmp_path / "video.mp4", frames=3, seed=seed).rename(tmp_path / "made.mp4")
+        (tmp_path / "in" / "-c").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "made.mp4").rename(tmp_path / "in" / "-c" / name)
+    for settings in (COPY, FAST):
+        manifest = prepare(FolderSource("in"), tmp_path / settings.encoding.profile, settings)
+        assert sorted(s.source_id for s in manifest.samples) == sorted(f"-c/{n}" for n in names)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "in", "train"]
+
+
 def test_a_worker_that_died_before_it_could_answer_has_done_its_shard(folders: Path, tmp_path: Path) -> None:
     """The task comes again when its staged bytes are gone."""
 
