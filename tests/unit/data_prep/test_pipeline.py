@@ -232,6 +232,28 @@ def test_what_a_killed_run_left_half_written_is_removed(folders: Path, tmp_path:
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_what_waits_for_its_shard_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first video comes last; meanwhile only so many others are staged."""
+    root = make_folders(tmp_path / "in", classes=1, each=40, frames=3)
+    staging = tmp_path / "out" / ".data-prep" / "staging"
+    staged: list[int] = []
+
+    class FirstLast(InProcess):
+        def wait(self) -> Done:
+            if self.tasks[0][0] == ("video", 0) and len(self.tasks) > 1:
+                self.tasks.rotate(-1)
+            done = super().wait()
+            staged.append(sum(p.stat().st_size for p in staging.glob("0*")))
+            return done
+
+    monkeypatch.setattr("data_prep.pipeline.SPARE_BYTES", 0)
+    settings = Settings(FAST.encoding, shard_bytes=10_000)
+    manifest = prepare(FolderSource(str(root)), tmp_path / "out", settings, executor=FirstLast())
+    largest = max(s.size for s in manifest.samples) + 400  # the outcome's own line
+    assert sum(s.size for s in manifest.samples) > 3 * 10_000, "the set is too small to tell"
+    assert max(staged) < 2 * 10_000 + 5 * largest
+
+
 def test_file_names_are_only_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = ["-dash.mp4", "a;touch here $(touch here).mp4", "a::b.mp4", "[x]*?.mp4", "ä.mp4", "new\nline.mp4", "~.mp4"]
