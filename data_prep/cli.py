@@ -131,7 +131,8 @@ def shard_command(arguments: argparse.Namespace) -> int:
 
 def print_result(manifest: Manifest, out: str) -> None:
     """The rejected videos on stderr, the counts on stdout."""
-    from data_prep.report import human_bytes, reject_list
+    from data_prep.report import reject_list
+    from data_prep.report_html import human_bytes
     for line in reject_list(manifest):
         print(line, file=sys.stderr)
     counts = manifest.counts

@@ -10,18 +10,9 @@ from typing import Any
 
 from data_prep import pictures, report_html
 from data_prep.executor import Executor, LocalExecutor
-from data_prep.report_html import telling_first
+from data_prep.report_html import human_bytes, telling_first
 from vswin_dist import storage
 from vswin_dist.manifest import Manifest, Sample, read_manifest
-
-
-def human_bytes(count: float) -> str:
-    """``1.5 GB``."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:

@@ -24,6 +24,15 @@ img { display: inline-block; margin: 0 3px 0 0; border-radius: 3px; vertical-ali
 """
 
 
+def human_bytes(count: float) -> str:
+    """``1.5 GB``."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
 def page(title: str, body: str) -> str:
     """A whole HTML file."""
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
@@ -51,7 +60,7 @@ def report_page(manifest: Manifest, facts: dict[str, Any], pictures: dict[str, l
     counts = manifest.counts
     figures = [("videos kept", f"{counts['kept']:,}"), ("rejected", f"{counts['rejected']:,}"),
                ("files without a row", f"{len(facts['videos_without_row']):,}"), ("classes", f"{len(manifest.classes):,}"),
-               ("shards", f"{len(manifest.shards):,}"), ("GB", f"{facts['bytes'] / 1e9:,.3g}"),
+               ("shards", f"{len(manifest.shards):,}"), ("of shards", human_bytes(facts["bytes"])),
                ("hours", f"{facts['hours']:.2f}")]
     body = [f"<h1>{escape(manifest.name)}, {escape(manifest.split)}</h1>",
             '<div class="figures">' + "".join(f"<div><b>{v}</b>{k}</div>" for k, v in figures) + "</div>",
@@ -81,8 +90,9 @@ def _class_table(manifest: Manifest, pictures: dict[str, list[str]]) -> str:
         rows.append(f'<tr><td class="n">{i}</td><td>{escape(name)}</td><td class="n">{kept[i]:,}</td>'
                     f'<td class="n">{rejected[name]:,}</td><td>{bars}</td><td>{images}</td></tr>')
     per_class = sorted(kept[i] for i in range(len(manifest.classes)))
+    none = f"; {per_class.count(0):,} classes have none" if not per_class[0] else ""
     balance = (f"<p>Videos kept of a class: {per_class[0]:,} to {per_class[-1]:,}, median "
-               f"{per_class[len(per_class) // 2]:,}; {per_class.count(0):,} classes have none.</p>")
+               f"{per_class[len(per_class) // 2]:,}{none}.</p>")
     return (f'<h2>Classes</h2>{balance}<div class="wrap"><table><tr><th class="n">id</th><th>class</th>'
             f'<th class="n">kept</th><th class="n">rejected</th><th></th><th></th></tr>{"".join(rows)}</table></div>')
 
@@ -117,7 +127,7 @@ def sheet_page(manifest: Manifest, samples: list[Sample], pictures: dict[str, li
     for s in samples:
         images = "".join(f'<img src="{p}" alt="">' for p in pictures.get(s.key, []))
         rows.append(f'<tr><td class="name">{escape(manifest.classes[s.class_id])}<br><small>{escape(s.source_id)}<br>'
-                    f"{s.width}x{s.height}, {s.frames} frames, {s.fps:g} fps, {s.duration:.3g} s</small></td>"
+                    f"{s.width}x{s.height}, {s.frames} frames<br>{s.fps:g} fps, {s.duration:.3g} s</small></td>"
                     f'<td class="film">{images or "cannot be decoded"}</td></tr>')
     title = f"{manifest.name}, {manifest.split}: {len(samples)} of {len(manifest.samples):,} videos"
     return page(title, f'<h1>{escape(title)}</h1><div class="wrap"><table>{"".join(rows)}</table></div>')
