@@ -143,6 +143,10 @@ class Run:
         self.executor = executor
         self.records = journal.read_stretches(job.out)
         self.outcomes = journal.Staging(job.staging).outcomes()  # by slot: processed, not yet in a shard
+        if self.outcomes:  # a run that was killed may not have removed what it had packed
+            for record in self.records.values():
+                for slot in record.slots or range(record.start, record.end):
+                    self.outcomes.pop(slot, None)
         self.feed = job.feed(self.records, frozenset(self.outcomes))
         self.class_ids = {name: i for i, name in enumerate(job.classes)}
         self.total = len(job.items)

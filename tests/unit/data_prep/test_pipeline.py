@@ -14,7 +14,7 @@ import pytest
 
 from data_prep.executor import Done
 from data_prep.journal import only_writer
-from data_prep.pipeline import sample_key
+from data_prep.pipeline import Run, plan, sample_key
 from data_prep.settings import Settings, parse_size
 from data_prep.sources.csv_index import CsvSource, parse_where
 from data_prep.sources.folder import FolderSource
@@ -230,6 +230,19 @@ def test_what_a_killed_run_left_half_written_is_removed(folders: Path, tmp_path:
         path.write_bytes(b"half")
     prepare(FolderSource(str(folders)), tmp_path)
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_what_a_killed_worker_packed_and_did_not_remove_does_not_wait(
+        folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("data_prep.journal.Staging.discard", lambda *_: None)
+        with pytest.raises(WorkFailed):
+            prepare(FolderSource(str(folders)), tmp_path, executor=InProcess(stop_after=8))
+    run = Run(plan(FolderSource(str(folders)), str(tmp_path), FAST, None, None), InProcess(), False)
+    packed = {slot for record in run.records.values() for slot in range(record.start, record.end)}
+    assert packed and run.outcomes and not packed & set(run.outcomes)
+    assert run.waiting_bytes == sum(o.size for o in run.outcomes.values())
+    assert prepare(FolderSource(str(folders)), tmp_path) == prepare(FolderSource(str(folders)), tmp_path / "b")
 
 
 def test_what_waits_for_its_shard_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
