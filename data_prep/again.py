@@ -116,6 +116,11 @@ def _from_archives(listing: sources.Listing, chosen: list[sources.Item], done: d
 def retry(url: str, workers: int | None = None, show_progress: bool = True) -> Manifest:
     """Process the rejected videos again; those that are good now follow in shards of their own."""
     dataset = open_finished(url, workers, show_progress)
+    with journal.only_writer(dataset.url):
+        return _retry(dataset)
+
+
+def _retry(dataset: Finished) -> Manifest:
     old = dataset.manifest
     ids = {r.source_id for r in old.rejected if r.reason != "duplicate"}
     if not ids:
@@ -126,7 +131,7 @@ def retry(url: str, workers: int | None = None, show_progress: bool = True) -> M
         entries = process_again(dataset, ids, staging, pool)
     finally:
         pool.close()
-    seen = {sample.crc32: sample.source_id for sample in old.samples}
+    seen = {(sample.crc32, sample.size): sample.source_id for sample in old.samples}
     entries = [_without_twins(entry, seen) for entry in entries]
     shards, samples = list(old.shards), list(old.samples)
     for group in cut_into_shards([e for e in entries if e.outcome.kept], dataset.settings):
@@ -143,11 +148,11 @@ def retry(url: str, workers: int | None = None, show_progress: bool = True) -> M
     return manifest
 
 
-def _without_twins(entry: Entry, seen: dict[int, str]) -> Entry:
+def _without_twins(entry: Entry, seen: dict[tuple[int, int], str]) -> Entry:
     """The same encoded bytes under another name are a duplicate; `seen` holds what is kept already."""
     if not entry.outcome.kept:
         return entry
-    first = seen.setdefault(entry.outcome.crc32, entry.source_id)
+    first = seen.setdefault((entry.outcome.crc32, entry.outcome.size), entry.source_id)
     if first == entry.source_id:
         return entry
     return replace(entry, outcome=Outcome("duplicate", f"the same bytes as {first}", entry.outcome.content))
@@ -166,10 +171,15 @@ def repair(url: str, workers: int | None = None, show_progress: bool = True) -> 
     if not numbers:
         return [], wrong
     dataset = open_finished(url, workers, show_progress)
+    with journal.only_writer(dataset.url):
+        return _rebuild(dataset, numbers), wrong
+
+
+def _rebuild(dataset: Finished, numbers: list[int]) -> list[str]:
     manifest = dataset.manifest
     wanted: dict[int, list[Any]] = defaultdict(list)
     for sample in manifest.samples:
-        if sample.shard in wrong:
+        if sample.shard in numbers:
             wanted[sample.shard].append(sample)
     staging = dataset.staging("repair")
     pool = LocalExecutor(dataset.workers)
@@ -187,4 +197,4 @@ def repair(url: str, workers: int | None = None, show_progress: bool = True) -> 
         write_shard(group, number, dataset.url, journal.Staging(staging), manifest.shards[number].url,
                     manifest.shards[number].sha256)
     journal.Staging(staging).clear()
-    return [manifest.shards[n].url for n in numbers], wrong
+    return [manifest.shards[n].url for n in numbers]

@@ -134,7 +134,8 @@ def shard_command(arguments: argparse.Namespace) -> int:
 
 def print_result(manifest: Manifest, out: str) -> None:
     """The rejected videos on stderr, the counts on stdout."""
-    from data_prep.report import human_bytes, reject_list
+    from data_prep.report import reject_list
+    from data_prep.report_html import human_bytes
     for line in reject_list(manifest):
         print(line, file=sys.stderr)
     counts = manifest.counts
@@ -153,7 +154,8 @@ def verify_command(arguments: argparse.Namespace) -> int:
         rebuilt, wrong = repair(arguments.url, arguments.workers)
         for problem in (p for problems in wrong.values() for p in problems):
             print(problem)
-        print("\n".join(f"{name}: rebuilt" for name in rebuilt))
+        for name in rebuilt:
+            print(f"{name}: rebuilt")
     wrong = verify_dataset(arguments.url, arguments.workers)
     for problem in (p for problems in wrong.values() for p in problems):
         print(problem)
@@ -207,7 +209,13 @@ def _stop(*_: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     arguments = parser().parse_args(argv)
-    return run_command(lambda: arguments.run(arguments))
+
+    def run() -> int:
+        for value in vars(arguments).values():
+            for text in value if isinstance(value, list) else [value]:
+                sources.check_url(str(text))
+        return int(arguments.run(arguments))
+    return run_command(run)
 
 
 def entry_point() -> None:

@@ -12,7 +12,7 @@ from data_prep.encode import process
 from data_prep.pack import tar_bytes
 from data_prep.pipeline import Job
 from data_prep.progress import clock
-from data_prep.report import human_bytes
+from data_prep.report_html import human_bytes
 from vswin_dist import storage
 
 PROBES = 12  # videos that are processed for the estimate

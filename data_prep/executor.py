@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 from vswin_dist.errors import VswinError, WorkFailed
 
-DEATHS = 3  # of workers on one task, after which the task is given up
+DEATHS = 5  # of workers on one task, after which the task is given up
+STARTS = 10  # that fail one after the other, after which the work is
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class LocalExecutor:
         worker.pipe.close()
         if not worker.ready:
             self._failed_starts += 1
-            if self._failed_starts >= DEATHS:
+            if self._failed_starts >= STARTS:
                 raise WorkFailed(f"worker processes end at once, with exit code {worker.process.exitcode}")
         self._workers[self._workers.index(worker)] = self._start()
         task = worker.task

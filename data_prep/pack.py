@@ -5,6 +5,7 @@ The tar's bytes depend on its entries alone: members in webdataset's order, time
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,13 +13,12 @@ import tempfile
 import uuid
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from data_prep.encode import Outcome
-from data_prep.journal import Record, Staging, record_url
+from data_prep.journal import Record, Staging, read_record, record_url
 from data_prep.settings import Settings
 from vswin_dist import storage
 from vswin_dist.errors import WorkFailed
@@ -88,10 +88,14 @@ def pack(task: PackTask) -> Record:
     Raises:
         WorkFailed: bytes changed since they were verified. DataError: the storage fails.
     """
+    staging = Staging(task.staging)
+    with contextlib.suppress(FileNotFoundError):  # a worker that died before it could say so has done it already
+        record = read_record(task.out, task.start)
+        staging.discard(e.slot for e in task.entries)
+        return record
     kept = [e for e in task.entries if e.outcome.kept]
     rejected = [Reject(e.source_id, e.class_name, e.outcome.verdict, e.outcome.detail)
                 for e in task.entries if not e.outcome.kept]
-    staging = Staging(task.staging)
     shard, samples = write_shard(kept, task.number, task.out, staging, shard_name(task.number)) if kept else (None, [])
     contents = [e.outcome.content for e in kept]
     record = Record(task.number, task.start, task.end, shard, samples, contents, rejected,
@@ -171,7 +175,7 @@ def _write_sample(stream: _TarStream, entry: Entry, data: bytes, number: int) ->
                   o.width, o.height, entry.source_id)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _published(url: str, staging: str) -> Iterator[_TarStream]:
     """A tar that appears at `url` whole, or not at all. Local: written beside its place. Remote: spooled, then put.
 

@@ -24,7 +24,7 @@ from data_prep.report import write_reports
 from data_prep.settings import Settings
 from data_prep.tasks import SampleTask, pack_shard, process_sample
 from vswin_dist import storage
-from vswin_dist.errors import ConfigError, WorkFailed
+from vswin_dist.errors import WorkFailed
 from vswin_dist.manifest import FILE_NAME, Manifest, read_manifest, write_manifest
 
 SPARE_BYTES = 256 << 20  # that may wait for their shard, beside twice the shard's size
@@ -44,7 +44,7 @@ def shard_dataset(source: sources.Source, out: str, settings: Settings, *, class
         WorkFailed: the work stopped; calling again goes on.
     """
     out = storage.absolute(out)
-    check_url(out)
+    sources.check_url(out)
     if ray_address and not work:
         work = journal.folder(out)  # where every node finds it
     job = plan(source, out, settings, classes, work)
@@ -108,22 +108,14 @@ class Job:
                            self.settings.seed, done)
 
 
-def check_url(url: str) -> None:
-    """Refuse a URL that carries a user or a password: URLs go into journals and logs.
-
-    Raises:
-        ConfigError: it does.
-    """
-    if "@" in url.partition("://")[2].partition("/")[0]:
-        raise ConfigError("a URL must not carry credentials; give them in the environment")
-
-
 def plan(source: sources.Source, out: str, settings: Settings, classes: list[str] | None, work: str | None) -> Job:
     """List the source and put it in order. Nothing is written."""
     for value in vars(source).values():
         if isinstance(value, str):
-            check_url(value)
+            sources.check_url(value)
     listing = source.listing()
+    for url in (url for urls in listing.archives for url in urls):
+        sources.check_url(url)
     names = sources.class_list(listing.items, classes or listing.classes)
     listing.items.sort(key=lambda item: order_key(settings.seed, item.source_id))
     job = Job(source, settings, names, listing.items, listing, out)
@@ -151,6 +143,10 @@ class Run:
         self.executor = executor
         self.records = journal.read_stretches(job.out)
         self.outcomes = journal.Staging(job.staging).outcomes()  # by slot: processed, not yet in a shard
+        if self.outcomes:  # a run that was killed may not have removed what it had packed
+            for record in self.records.values():
+                for slot in record.slots or range(record.start, record.end):
+                    self.outcomes.pop(slot, None)
         self.feed = job.feed(self.records, frozenset(self.outcomes))
         self.class_ids = {name: i for i, name in enumerate(job.classes)}
         self.total = len(job.items)

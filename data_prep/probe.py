@@ -15,7 +15,7 @@ The decision table; the first line that applies is the verdict:
 | too_short        | fewer than `min_frames` frames                                                                |
 | too_small        | the short side, as displayed, has fewer than `min_side` pixels                                |
 | encode_failed    | the encoder refused what was decoded                                                          |
-| crashed          | worker processes died three times while on it                                                 |
+| crashed          | worker processes died five times while on it                                                  |
 | duplicate        | the same bytes came before in the dataset's order                                             |
 | kept             | otherwise                                                                                     |
 """

@@ -10,17 +10,9 @@ from typing import Any
 
 from data_prep import pictures, report_html
 from data_prep.executor import Executor, LocalExecutor
+from data_prep.report_html import human_bytes, telling_first
 from vswin_dist import storage
 from vswin_dist.manifest import Manifest, Sample, read_manifest
-
-
-def human_bytes(count: float) -> str:
-    """``1.5 GB``."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
@@ -79,7 +71,7 @@ def _reject_lines(manifest: Manifest) -> list[str]:
 
 def reject_list(manifest: Manifest, most: int = 20) -> list[str]:
     """The rejected videos, one line each, `most` of them at most."""
-    lines = [f"rejected {r.source_id}: {r.reason}: {r.detail}" for r in manifest.rejected[:most]]
+    lines = [f"rejected {r.source_id}: {r.reason}: {r.detail}" for r in telling_first(manifest.rejected)[:most]]
     if len(manifest.rejected) > most:
         lines.append(f"... and {len(manifest.rejected) - most:,} more, all of them in the manifest")
     return lines
@@ -136,7 +128,7 @@ def write_preview(url: str, target: str, count: int, workers: int) -> int:
     samples = samples[:: max(1, len(samples) // max(1, count))][:count]
     pool = LocalExecutor(min(workers, max(1, len(samples))))
     try:
-        images = _images(manifest, url, samples, pool, count=8, width=120)
+        images = _images(manifest, url, samples, pool, count=8, width=108)
     finally:
         pool.close()
     storage.put_bytes(storage.absolute(target), report_html.sheet_page(manifest, samples, images).encode())

@@ -6,7 +6,7 @@ from collections import Counter
 from html import escape
 from typing import Any
 
-from vswin_dist.manifest import Manifest, Sample
+from vswin_dist.manifest import Manifest, Reject, Sample
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --bar: #4a7dbd; --bad: #c0504d; }
@@ -18,9 +18,19 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } tr { borde
 .bar { display: inline-block; height: .8rem; background: var(--bar); vertical-align: middle; }
 .bar.bad { background: var(--bad); } .plot { display: flex; align-items: flex-end; gap: 2px; height: 7rem; }
 .plot i { flex: 1; background: var(--bar); min-height: 1px; } .ends { display: flex; justify-content: space-between; }
-img { display: inline-block; margin: 0 3px 0 0; border-radius: 3px; vertical-align: middle; }
-.wrap { overflow-x: auto; } .film { white-space: nowrap; } small { opacity: .75; }
+img { display: inline-block; margin: 0 3px 0 0; border-radius: 3px; vertical-align: middle; max-height: 6rem; }
+.wrap { overflow-x: auto; } small { opacity: .75; } .name { width: 12rem; overflow-wrap: anywhere; }
+.film { white-space: nowrap; }
 """
+
+
+def human_bytes(count: float) -> str:
+    """``1.5 GB``."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
 
 
 def page(title: str, body: str) -> str:
@@ -50,7 +60,7 @@ def report_page(manifest: Manifest, facts: dict[str, Any], pictures: dict[str, l
     counts = manifest.counts
     figures = [("videos kept", f"{counts['kept']:,}"), ("rejected", f"{counts['rejected']:,}"),
                ("files without a row", f"{len(facts['videos_without_row']):,}"), ("classes", f"{len(manifest.classes):,}"),
-               ("shards", f"{len(manifest.shards):,}"), ("bytes", f"{facts['bytes']:,}"),
+               ("shards", f"{len(manifest.shards):,}"), ("of shards", human_bytes(facts["bytes"])),
                ("hours", f"{facts['hours']:.2f}")]
     body = [f"<h1>{escape(manifest.name)}, {escape(manifest.split)}</h1>",
             '<div class="figures">' + "".join(f"<div><b>{v}</b>{k}</div>" for k, v in figures) + "</div>",
@@ -59,6 +69,7 @@ def report_page(manifest: Manifest, facts: dict[str, Any], pictures: dict[str, l
             _class_table(manifest, pictures),
             histogram("Durations", [s.duration for s in manifest.samples], "s"),
             histogram("Bytes of a video", [float(s.size) for s in manifest.samples], "bytes"),
+            histogram("Short sides", [float(min(s.width, s.height)) for s in manifest.samples], "pixels"),
             histogram("Frames per second", [s.fps for s in manifest.samples], "fps"),
             _rejects(manifest), _unnamed(facts["videos_without_row"])]
     return page(f"{manifest.name}, {manifest.split}", "\n".join(body))
@@ -78,8 +89,17 @@ def _class_table(manifest: Manifest, pictures: dict[str, list[str]]) -> str:
         images = "".join(f'<img src="{p}" alt="" loading="lazy">' for p in shown.get(i, []))
         rows.append(f'<tr><td class="n">{i}</td><td>{escape(name)}</td><td class="n">{kept[i]:,}</td>'
                     f'<td class="n">{rejected[name]:,}</td><td>{bars}</td><td>{images}</td></tr>')
-    return ('<h2>Classes</h2><div class="wrap"><table><tr><th class="n">id</th><th>class</th><th class="n">kept</th>'
-            f'<th class="n">rejected</th><th></th><th></th></tr>{"".join(rows)}</table></div>')
+    per_class = sorted(kept[i] for i in range(len(manifest.classes)))
+    none = f"; {per_class.count(0):,} classes have none" if not per_class[0] else ""
+    balance = (f"<p>Videos kept of a class: {per_class[0]:,} to {per_class[-1]:,}, median "
+               f"{per_class[len(per_class) // 2]:,}{none}.</p>")
+    return (f'<h2>Classes</h2>{balance}<div class="wrap"><table><tr><th class="n">id</th><th>class</th>'
+            f'<th class="n">kept</th><th class="n">rejected</th><th></th><th></th></tr>{"".join(rows)}</table></div>')
+
+
+def telling_first(rejected: list[Reject]) -> list[Reject]:
+    """Rows without a video last: every Kinetics has thousands, and they say little."""
+    return sorted(rejected, key=lambda r: r.reason == "missing_video")
 
 
 def _rejects(manifest: Manifest, most: int = 1000) -> str:
@@ -87,7 +107,7 @@ def _rejects(manifest: Manifest, most: int = 1000) -> str:
         return "<h2>Rejected</h2><p>None.</p>"
     reasons = ", ".join(f"{n:,} {escape(reason)}" for reason, n in manifest.counts["reasons"].items())
     rows = "".join(f"<tr><td>{escape(r.source_id)}</td><td>{escape(r.class_name)}</td><td>{escape(r.reason)}</td>"
-                   f"<td>{escape(r.detail)}</td></tr>" for r in manifest.rejected[:most])
+                   f"<td>{escape(r.detail)}</td></tr>" for r in telling_first(manifest.rejected)[:most])
     more = f"<p>The first {most:,}; all are in report.json.</p>" if len(manifest.rejected) > most else ""
     return (f'<h2>Rejected</h2><p>{reasons}</p>{more}<div class="wrap"><table><tr><th>video</th><th>class</th>'
             f"<th>reason</th><th>detail</th></tr>{rows}</table></div>")
@@ -106,8 +126,8 @@ def sheet_page(manifest: Manifest, samples: list[Sample], pictures: dict[str, li
     rows = []
     for s in samples:
         images = "".join(f'<img src="{p}" alt="">' for p in pictures.get(s.key, []))
-        rows.append(f"<tr><td>{escape(manifest.classes[s.class_id])}<br><small>{escape(s.source_id)}<br>{s.width}x"
-                    f"{s.height}, {s.frames} frames, {s.fps:g} fps, {s.duration:g} s</small></td>"
-                    f"<td class=\"film\">{images or 'cannot be decoded'}</td></tr>")
+        rows.append(f'<tr><td class="name">{escape(manifest.classes[s.class_id])}<br><small>{escape(s.source_id)}<br>'
+                    f"{s.width}x{s.height}, {s.frames} frames<br>{s.fps:g} fps, {s.duration:.3g} s</small></td>"
+                    f'<td class="film">{images or "cannot be decoded"}</td></tr>')
     title = f"{manifest.name}, {manifest.split}: {len(samples)} of {len(manifest.samples):,} videos"
     return page(title, f'<h1>{escape(title)}</h1><div class="wrap"><table>{"".join(rows)}</table></div>')

@@ -12,6 +12,7 @@ from typing import IO
 
 from data_prep.executor import LocalExecutor
 from data_prep.progress import Progress
+from data_prep.tasks import patiently
 from vswin_dist import storage
 from vswin_dist.errors import DataError
 from vswin_dist.manifest import Manifest, Sample, Shard, read_manifest, shard_url
@@ -85,15 +86,29 @@ def check_shard(task: ShardTask) -> list[str]:
     if task.shard.samples != len(task.samples):
         problems.append(f"{name}: {task.shard.samples} samples declared, {len(task.samples)} listed")
     try:
+        wrong, sha256 = patiently(lambda: _read_through(task))
+    except OSError as error:
+        return [*problems, f"{name}: cannot be read: {error}"]
+    problems += [f"{name}: {p}" for p in wrong]
+    if sha256 != task.shard.sha256:
+        problems.append(f"{name}: sha256 is {sha256}, the manifest says {task.shard.sha256}")
+    return problems
+
+
+def _read_through(task: ShardTask) -> tuple[list[str], str]:
+    """What is wrong with the members, and the sha256. Raises DataError where remote storage fails: not the shard's."""
+    try:
         with storage.open_read(task.url) as file:
             reader = _Hashing(file)
-            problems += [f"{name}: {p}" for p in _check_members(reader, task.samples)]
+            wrong = list(_check_members(reader, task.samples))
             reader.drain()
-    except (OSError, DataError) as error:
-        return [*problems, f"{name}: cannot be read: {error}"]
-    if reader.digest.hexdigest() != task.shard.sha256:
-        problems.append(f"{name}: sha256 is {reader.digest.hexdigest()}, the manifest says {task.shard.sha256}")
-    return problems
+    except (DataError, FileNotFoundError):
+        raise
+    except Exception as error:
+        if storage.is_local(task.url):
+            raise
+        raise DataError(f"{task.url}: {type(error).__name__}: {error}") from error
+    return wrong, reader.digest.hexdigest()
 
 
 class _Hashing:

@@ -78,8 +78,10 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     Raises:
         DataError: the scheme is unknown or its driver is not installed.
     """
+    if is_local(url):  # not by `url_to_fs`, to which "::" in a file's name means one file system within another
+        return fsspec.filesystem("file"), absolute(url)
     # Listings must be fresh: jobs look for what other processes have just written.
-    options: dict[str, Any] = {} if is_local(url) else {"use_listings_cache": False}
+    options: dict[str, Any] = {"use_listings_cache": False}
     if url.startswith(("s3://", "s3a://")):
         # Some S3 servers (rclone) send the whole object's checksum with a part of it, and botocore then refuses the
         # part. What we read is checked by length and by the manifest's crc32 and sha256.

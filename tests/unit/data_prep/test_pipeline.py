@@ -4,6 +4,7 @@ tests/integration; here tasks run in this process, so that many cases stay fast.
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 import zlib
 from pathlib import Path
@@ -11,13 +12,16 @@ from typing import Any
 
 import pytest
 
+from data_prep.executor import Done
 from data_prep.journal import only_writer
-from data_prep.pipeline import sample_key
+from data_prep.pipeline import Run, plan, sample_key
 from data_prep.settings import Settings, parse_size
 from data_prep.sources.csv_index import CsvSource, parse_where
 from data_prep.sources.folder import FolderSource
+from data_prep.sources.kinetics import KineticsSource
 from data_prep.verify import check_shard, verify_dataset
 from tests.unit.data_prep.inprocess import COPY, FAST, InProcess, prepare, tars
+from tests.unit.data_prep.test_sources import kinetics_csv
 from tests.unit.data_prep.videos import make_folders, make_video
 from vswin_dist.errors import ConfigError, DataError, WorkFailed
 from vswin_dist.manifest import read_manifest
@@ -136,8 +140,17 @@ def test_bad_input_is_refused_before_anything_is_written(folders: Path, tmp_path
         index.write_text(f"path,label\n{row}\n")
         with pytest.raises(DataError, match=text):
             prepare(csv(), out)
+    for url in ("s3://key:secret@bucket/x", "https://host/a.tar?X-Amz-Signature=abc", "az://c/a?sv=1&sig=abc"):
+        with pytest.raises(ConfigError, match="credentials") as refused:
+            prepare(FolderSource(url), out)
+        assert "abc" not in str(refused.value) and "secret" not in str(refused.value)
+    (tmp_path / "urls.txt").write_text("https://host/part_0.tar.gz?token=abc\n")
     with pytest.raises(ConfigError, match="credentials"):
-        prepare(FolderSource("s3://key:secret@bucket/x"), out)
+        prepare(KineticsSource(str(kinetics_csv(tmp_path / "k.csv")), str(tmp_path / "urls.txt")), out)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / os.fsdecode(b"a\xff.mp4")).write_text("x")
+    with pytest.raises(DataError, match="is not UTF-8"):
+        prepare(FolderSource(str(tmp_path)), out)
     assert not out.exists()
 
 
@@ -217,6 +230,69 @@ def test_what_a_killed_run_left_half_written_is_removed(folders: Path, tmp_path:
         path.write_bytes(b"half")
     prepare(FolderSource(str(folders)), tmp_path)
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_what_a_killed_worker_packed_and_did_not_remove_does_not_wait(
+        folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("data_prep.journal.Staging.discard", lambda *_: None)
+        with pytest.raises(WorkFailed):
+            prepare(FolderSource(str(folders)), tmp_path, executor=InProcess(stop_after=8))
+    run = Run(plan(FolderSource(str(folders)), str(tmp_path), FAST, None, None), InProcess(), False)
+    packed = {slot for record in run.records.values() for slot in range(record.start, record.end)}
+    assert packed and run.outcomes and not packed & set(run.outcomes)
+    assert run.waiting_bytes == sum(o.size for o in run.outcomes.values())
+    assert prepare(FolderSource(str(folders)), tmp_path) == prepare(FolderSource(str(folders)), tmp_path / "b")
+
+
+def test_what_waits_for_its_shard_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first video comes last; meanwhile only so many others are staged."""
+    root = make_folders(tmp_path / "in", classes=1, each=40, frames=3)
+    staging = tmp_path / "out" / ".data-prep" / "staging"
+    staged: list[int] = []
+
+    class FirstLast(InProcess):
+        def wait(self) -> Done:
+            if self.tasks[0][0] == ("video", 0) and len(self.tasks) > 1:
+                self.tasks.rotate(-1)
+            done = super().wait()
+            staged.append(sum(p.stat().st_size for p in staging.glob("0*")))
+            return done
+
+    monkeypatch.setattr("data_prep.pipeline.SPARE_BYTES", 0)
+    settings = Settings(FAST.encoding, shard_bytes=10_000)
+    manifest = prepare(FolderSource(str(root)), tmp_path / "out", settings, executor=FirstLast())
+    largest = max(s.size for s in manifest.samples) + 400  # the outcome's own line
+    assert sum(s.size for s in manifest.samples) > 3 * 10_000, "the set is too small to tell"
+    assert max(staged) < 2 * 10_000 + 5 * largest
+
+
+def test_file_names_are_only_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["-dash.mp4", "a;touch here $(touch here).mp4", "a::b.mp4", "[x]*?.mp4", "ä.mp4", "new\nline.mp4", "~.mp4"]
+    for seed, name in enumerate(names):
+        make_video(tmp_path / "video.mp4", frames=3, seed=seed).rename(tmp_path / "made.mp4")
+        (tmp_path / "in" / "-c").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "made.mp4").rename(tmp_path / "in" / "-c" / name)
+    for settings in (COPY, FAST):
+        manifest = prepare(FolderSource("in"), tmp_path / settings.encoding.profile, settings)
+        assert sorted(s.source_id for s in manifest.samples) == sorted(f"-c/{n}" for n in names)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "in", "train"]
+
+
+def test_a_worker_that_died_before_it_could_answer_has_done_its_shard(folders: Path, tmp_path: Path) -> None:
+    """The task comes again when its staged bytes are gone."""
+
+    class Twice(InProcess):
+        def wait(self) -> Done:
+            ticket, function, argument = self.tasks[0]
+            if isinstance(ticket, tuple) and ticket[0] == "shard":
+                function(argument)
+            return super().wait()
+
+    prepare(FolderSource(str(folders)), tmp_path / "a", executor=Twice())
+    prepare(FolderSource(str(folders)), tmp_path / "b")
+    assert tars(tmp_path / "a") == tars(tmp_path / "b")
 
 
 def test_a_second_run_into_the_same_folder_is_refused(folders: Path, tmp_path: Path) -> None:
