@@ -136,6 +136,9 @@ class VideoSwin(nn.Module):
             raise ConfigError(f"clips must have 3 channels on axis 1 ([B, 3, T, H, W]); got {list(clips.shape)}")
         if not clips.is_floating_point():
             raise ConfigError(f"clips must be floating point and normalised; got {clips.dtype}")
+        wanted = self.head.weight.dtype
+        if clips.dtype != wanted and not torch.is_autocast_enabled(clips.device.type):
+            raise ConfigError(f"clips are {clips.dtype} and the weights {wanted}: cast either, or run under autocast")
         if 0 in clips.shape:
             raise ConfigError(f"clips have an empty axis: {list(clips.shape)}")
 
