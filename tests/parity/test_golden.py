@@ -27,13 +27,12 @@ needs_fixtures = pytest.mark.skipif(reference_folder() is None, reason="the refe
 def run_with_probes(model: VideoSwin, clips: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits, and each probe as [B, C, T, H, W]."""
     found: dict[str, Tensor] = {}
-    grids: dict[int, tuple[int, ...]] = {}
+    t, h, w = model.patch_embed.grid(clips)
 
     def keep(name: str, stage: int) -> Any:
         def hook(_: Any, args: Any, out: Any) -> None:
-            x, grid = out if isinstance(out, tuple) else (out, args[1] if len(args) > 1 else grids[stage])
-            grids[stage] = grid
-            found[name] = x.transpose(1, 2).reshape(x.shape[0], -1, *grid)
+            grid = (t, -(-h // 2**stage), -(-w // 2**stage))
+            found[name] = out.transpose(1, 2).reshape(out.shape[0], -1, *grid)
 
         return hook
 

@@ -9,22 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import Linear, MaskedBias, from_windows, to_windows, window_attention
-from .windows import BatchPlan, Triple, bias_index
+from .ops import Linear, from_windows, to_windows, window_attention
+from .windows import BatchPlan, Triple
 
 
 class WindowAttention(nn.Module):
     """Multi-head self-attention inside (shifted) 3D windows (paper, section 3.2, equation 2).
 
-    The table has one row per offset of the configured window: [(2T-1)(2H-1)(2W-1), h]. Its index is computed
-    and cached outside of the module, so that the state dict holds parameters only.
+    The table has one row per offset of the configured window: [(2T-1)(2H-1)(2W-1), h]. Its index is part of
+    the plan, outside of the module, so that the state dict holds parameters only.
     """
 
-    def __init__(self, dim: int, window: Triple, heads: int, indexing: str) -> None:
+    def __init__(self, dim: int, window: Triple, heads: int) -> None:
         super().__init__()
-        self.window = window
         self.heads = heads
-        self.indexing = indexing
         rows = (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1)
         self.relative_position_bias_table = nn.Parameter(torch.empty(rows, heads))
         self.qkv = Linear(dim, 3 * dim)
@@ -34,16 +32,13 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, plan: BatchPlan) -> Tensor:
         """Normalised tokens [B, N, C] -> [B, N, C]."""
         windows = to_windows(x, plan)
-        used = plan.plan.window
-        masks = MaskedBias(used, plan.patterns)
-        out = window_attention(self.qkv(windows), self._bias(used), self.heads, masks)
+        out = window_attention(self.qkv(windows), self._bias(plan), self.heads, plan)
         return from_windows(self.proj(out), plan)
 
-    def _bias(self, used: Triple) -> Tensor:
+    def _bias(self, plan: BatchPlan) -> Tensor:
         """Bias of each pair of tokens of a window, [h, L, L]; gathered once per call."""
-        index = bias_index(self.window, used, self.indexing, self.relative_position_bias_table.device)
-        length = used[0] * used[1] * used[2]
-        return self.relative_position_bias_table.t().index_select(1, index).view(-1, length, length)
+        chosen = self.relative_position_bias_table.t().index_select(1, plan.index)
+        return chosen.view(-1, plan.length, plan.length)
 
 
 class TemporalAttention(nn.Module):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import TemporalAttention, WindowAttention, ZeroStartTemporalAttention
 from .ops import Linear, mlp
 from .stochastic import drop_path_scale
-from .windows import Triple, batch_plan
+from .windows import BatchPlan, Triple, batch_plan
 
 NORM_EPS = 1e-5
 
@@ -56,15 +56,15 @@ class ResidualBlock(nn.Module, ABC):
         self.mlp = Mlp(dim)
 
     @abstractmethod
-    def attend(self, x: Tensor, grid: Triple) -> Tensor:
+    def attend(self, x: Tensor, plan: BatchPlan) -> Tensor:
         """Attention branch before its residual: tokens [B, N, C] -> [B, N, C]."""
 
-    def forward(self, x: Tensor, grid: Triple, keys: Tensor | None) -> Tensor:
-        """Tokens [B, N, C] of a grid, keys int64 [B] in training or None -> [B, N, C]."""
+    def forward(self, x: Tensor, plan: BatchPlan, keys: Tensor | None) -> Tensor:
+        """Tokens [B, N, C] of the plan's grid, keys int64 [B] in training or None -> [B, N, C]."""
         if self.training and self.recompute_attention:
-            branch = recompute(self.attend, x, grid)
+            branch = recompute(self.attend, x, plan)
         else:
-            branch = self.attend(x, grid)
+            branch = self.attend(x, plan)
         x = self._add(x, branch, keys, 2 * self.number)
         return self._add(x, self.mlp(self.norm2(x)), keys, 2 * self.number + 1)
 
@@ -92,15 +92,20 @@ class SwinBlock(ResidualBlock):
         super().__init__(dim, number, drop_path_rate)
         self.window = window
         self.shift = shift
-        self.attn = WindowAttention(dim, window, heads, indexing)
+        self.indexing = indexing
+        self.attn = WindowAttention(dim, window, heads)
         self.temporal = None
         if temporal_reach is not None:
             self.temporal = ZeroStartTemporalAttention(dim, heads, temporal_reach)
 
-    def attend(self, x: Tensor, grid: Triple) -> Tensor:
-        plan = batch_plan(grid, self.window, self.shift, x.shape[0], x.device)
+    def plan(self, grid: Triple, batch: int, device: torch.device) -> BatchPlan:
+        """Where the windows of this block lie on a grid of B clips; cached."""
+        dtype = self.attn.relative_position_bias_table.dtype
+        return batch_plan(grid, self.window, self.shift, self.indexing, batch, device, dtype)
+
+    def attend(self, x: Tensor, plan: BatchPlan) -> Tensor:
         out: Tensor = self.attn(self.norm1(x), plan)
-        return out if self.temporal is None else self.temporal(out, grid[0])
+        return out if self.temporal is None else self.temporal(out, plan.grid[0])
 
 
 class TemporalBlock(ResidualBlock):
@@ -110,8 +115,8 @@ class TemporalBlock(ResidualBlock):
         super().__init__(dim, number, drop_path_rate)
         self.attn = TemporalAttention(dim, heads, reach)
 
-    def attend(self, x: Tensor, grid: Triple) -> Tensor:
-        out: Tensor = self.attn(self.norm1(x), grid[0])
+    def attend(self, x: Tensor, plan: BatchPlan) -> Tensor:
+        out: Tensor = self.attn(self.norm1(x), plan.grid[0])
         return out
 
 
@@ -135,14 +140,18 @@ class PatchEmbed(nn.Module):
         self.proj = PatchProjection(3, dim, kernel_size=patch, stride=patch)
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
 
-    def forward(self, clips: Tensor) -> tuple[Tensor, Triple]:
-        """[B, 3, T, H, W] -> tokens [B, N, C] and their grid."""
+    def grid(self, clips: Tensor) -> Triple:
+        """Token grid of clips [B, 3, T, H, W]."""
+        t, h, w = (-(-n // p) for n, p in zip(clips.shape[2:], self.patch, strict=True))
+        return t, h, w
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """[B, 3, T, H, W] -> tokens [B, N, C]."""
         missing = [-n % p for n, p in zip(clips.shape[2:], self.patch, strict=True)]
         if any(missing):
             clips = F.pad(clips, (0, missing[2], 0, missing[1], 0, missing[0]))
-        x = self.proj(clips.contiguous())
-        grid = (x.shape[1], x.shape[2], x.shape[3])
-        return self.norm(x.flatten(1, 3)), grid
+        out: Tensor = self.norm(self.proj(clips.contiguous()).flatten(1, 3))
+        return out
 
 
 class PatchMerging(nn.Module):
@@ -153,8 +162,8 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(4 * dim, eps=NORM_EPS)
         self.reduction = Linear(4 * dim, 2 * dim, bias=False)
 
-    def forward(self, x: Tensor, grid: Triple) -> tuple[Tensor, Triple]:
-        """Tokens [B, N, C] of a grid -> [B, N/4, 2C] and the new grid; odd axes are padded with zeros."""
+    def forward(self, x: Tensor, grid: Triple) -> Tensor:
+        """Tokens [B, N, C] of a grid -> [B, N/4, 2C]; odd axes are padded with zeros."""
         batch, _, dim = x.shape
         t, h, w = grid
         x = x.view(batch, t, h, w, dim)
@@ -163,4 +172,5 @@ class PatchMerging(nn.Module):
         h, w = (h + 1) // 2, (w + 1) // 2
         # [B, T, H', 2, W', 2, C] -> columns ordered (dw, dh, C)
         x = x.view(batch, t, h, 2, w, 2, dim).permute(0, 1, 2, 4, 5, 3, 6).reshape(batch, t * h * w, 4 * dim)
-        return self.reduction(self.norm(x)), (t, h, w)
+        out: Tensor = self.reduction(self.norm(x))
+        return out

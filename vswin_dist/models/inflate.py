@@ -1,4 +1,4 @@
-"""Fitting the tensors of a checkpoint to a model: inflation from 2D and resizing of bias tables.
+"""Fitting the tensors of a checkpoint to a model: inflation from 2D, and an explanation of every one of them.
 
 Source: Video Swin paper, section 3.4 (initialisation from a 2D model) and tables 8 and 9 (centre variants).
 """
@@ -6,10 +6,8 @@ Source: Video Swin paper, section 3.4 (initialisation from a 2D model) and table
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isqrt
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vswin_dist.errors import CheckpointError, ConfigError
@@ -17,12 +15,13 @@ from vswin_dist.errors import CheckpointError, ConfigError
 from .layouts import is_2d, recognise, to_native, unwrap
 from .report import LoadReport, Row
 from .swin3d import VideoSwin
-from .windows import Triple
+from .tables import fit_table
 
 KERNEL = "patch_embed.proj.weight"
 TABLE = "relative_position_bias_table"
-CROSS_FRAME_BIAS = -4.6  # bias between frames at the start, where only the centre is inflated (table 9)
-BUFFERS = ("relative_position_index", "attn_mask")
+INDEX, MASK = "relative_position_index", "attn_mask"  # buffers that the published code stores
+HEAD = ("head.weight", "head.bias")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NEW_IN_DESIGN = (".temporal.", "temporal_layers.")  # tensors that no published checkpoint has
 EMBEDDINGS = ("inflate", "centre")
 BIASES = ("duplicate", "centre")
@@ -42,11 +41,11 @@ def inflate(
         raise ConfigError(f"embedding={embedding!r} is not one of {', '.join(EMBEDDINGS)}")
     if bias not in BIASES:
         raise ConfigError(f"bias={bias!r} is not one of {', '.join(BIASES)}")
-    state = unwrap(state_2d, "2D weights")
+    state, beside = unwrap(state_2d, "2D weights")
     layout = recognise(state, "2D weights")
     if layout not in ("microsoft2d", "timm2d"):
         raise CheckpointError(f"2D weights: the layout is {layout}, which is a video model's; use load_pretrained")
-    return fit(state, model, layout, "2D weights", embedding=embedding, bias=bias)
+    return fit(state, model, layout, "2D weights", beside, embedding=embedding, bias=bias)
 
 
 @torch.no_grad()
@@ -68,6 +67,7 @@ def fit(
     model: VideoSwin,
     layout: str,
     source: str,
+    beside: Mapping[str, str],
     *,
     embedding: str = "inflate",
     bias: str = "duplicate",
@@ -75,30 +75,29 @@ def fit(
 ) -> LoadReport:
     """Fit a recognised state dict to the model and, unless ``dry_run``, copy it in.
 
-    All tensors are explained before the first is copied; CheckpointError names those that are not.
+    ``beside`` lists what the file holds that is no weight (see `layouts.unwrap`), for the report. All tensors are
+    explained before the first is copied; CheckpointError names those that are not.
     """
-    named = {to_native(name, layout): tensor for name, tensor in state.items()}
+    targets = model.state_dict()
+    named, problems = _renamed(state, layout)
+    problems += [problem for name, tensor in named.items() if (problem := _unfit_values(name, tensor, dry_run))]
     report = LoadReport(layout, source)
-    flat = is_2d(named)
     fitted: dict[str, Tensor] = {}
-    problems: list[str] = []
-    for name, target in model.state_dict().items():
-        have = named.get(name)
+    for name, target in targets.items():
         try:
-            tensor, row = _fit_one(name, have, target, named, model, flat, embedding, bias)
+            tensor, row = _fit_one(name, target, named, model, embedding, bias)
         except CheckpointError as error:
             problems.append(str(error))
             continue
         report.rows.append(row)
         if tensor is not None:
             fitted[name] = tensor
-    for name, tensor in named.items():
-        if name in model.state_dict():
-            continue
-        if name.rsplit(".", 1)[-1] in BUFFERS:
-            report.rows.append(Row(name, "dropped", tuple(tensor.shape), None, "buffer, computed here"))
+    for name in [name for name in named if name not in targets]:
+        if _is_buffer(name, targets):
+            report.rows.append(Row(name, "dropped", tuple(named[name].shape), None, "buffer, computed here"))
         else:
-            problems.append(f"{name} {list(tensor.shape)}: the model has no such tensor")
+            problems.append(f"{name} {list(named[name].shape)}: the model has no such tensor")
+    report.rows += [Row(name, "dropped", None, None, reason) for name, reason in beside.items()]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         listed = "; ".join(problems[:3])
@@ -108,6 +107,38 @@ def fit(
     if not dry_run:
         _copy(fitted, model)
     return report
+
+
+def _renamed(state: Mapping[str, Tensor], layout: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors under this package's names, and what two names of the file both claim to be."""
+    named: dict[str, Tensor] = {}
+    problems = []
+    for theirs, tensor in state.items():
+        name = to_native(theirs, layout)
+        if name in named:
+            problems.append(f"{theirs} {list(tensor.shape)}: a second tensor that means {name}")
+        named[name] = tensor
+    return named, problems
+
+
+def _unfit_values(name: str, tensor: Tensor, dry_run: bool) -> str | None:
+    """What makes a tensor no weight, if anything. A dry run has no values to look at."""
+    if name.rsplit(".", 1)[-1] in (INDEX, MASK):
+        return None
+    if tensor.layout != torch.strided or tensor.dtype not in DTYPES:
+        return f"{name} {list(tensor.shape)}: {tensor.dtype} {tensor.layout} is no dense floating-point weight"
+    if dry_run:
+        return None
+    if tensor.is_meta:
+        return f"{name} {list(tensor.shape)}: has a shape but no values (meta device)"
+    bad = int((~torch.isfinite(tensor)).sum())
+    return f"{name} {list(tensor.shape)}: {bad} values are NaN or infinite" if bad else None
+
+
+def _is_buffer(name: str, targets: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor is the index of a table that the model has, or the mask of a block that it has."""
+    owner, _, last = name.rpartition(".")
+    return (last == INDEX and f"{owner}.{TABLE}" in targets) or (last == MASK and f"{owner}.norm1.weight" in targets)
 
 
 def _copy(fitted: Mapping[str, Tensor], model: VideoSwin) -> None:
@@ -120,19 +151,14 @@ def _copy(fitted: Mapping[str, Tensor], model: VideoSwin) -> None:
 
 
 def _fit_one(
-    name: str,
-    have: Tensor | None,
-    target: Tensor,
-    named: Mapping[str, Tensor],
-    model: VideoSwin,
-    flat: bool,
-    embedding: str,
-    bias: str,
+    name: str, target: Tensor, named: Mapping[str, Tensor], model: VideoSwin, embedding: str, bias: str
 ) -> tuple[Tensor | None, Row]:
     """The tensor to copy (None: keep the fresh one) and its row of the report."""
     want = tuple(target.shape)
-    if name.startswith("head."):
-        return _fit_head(name, have, want, flat)
+    have = named.get(name)
+    flat = is_2d(named)
+    if name in HEAD:
+        return _fit_head(name, want, named, flat)
     if have is None:
         if any(part in name for part in NEW_IN_DESIGN):
             return None, Row(name, "fresh", None, want, "temporal layers of this design")
@@ -141,21 +167,28 @@ def _fit_one(
     if name == KERNEL and flat:
         return _inflate_kernel(have, want, embedding)
     if name.endswith(TABLE) and not any(part in name for part in NEW_IN_DESIGN):
-        index = named.get(name.replace(TABLE, BUFFERS[0]))
-        return _fit_table(name, have, want, index, model.architecture.attention_window, flat, bias)
+        index = named.get(name.replace(TABLE, INDEX))
+        return fit_table(name, have, want, index, model.architecture.attention_window, flat, bias)
     if shape != want:
         raise CheckpointError(f"{name}: {list(shape)} in the checkpoint, {list(want)} in the model")
     return have, Row(name, "taken", shape, want)
 
 
-def _fit_head(name: str, have: Tensor | None, want: tuple[int, ...], flat: bool) -> tuple[Tensor | None, Row]:
-    if have is None:
+def _fit_head(
+    name: str, want: tuple[int, ...], named: Mapping[str, Tensor], flat: bool
+) -> tuple[Tensor | None, Row]:
+    """Weight and bias of the classifier are taken together or not at all."""
+    weight, bias = (named.get(part) for part in HEAD)
+    if weight is None and bias is None:
         return None, Row(name, "fresh", None, want, "the checkpoint has no classifier")
-    shape = tuple(have.shape)
+    if weight is None or bias is None or weight.shape[:1] != bias.shape or weight.dim() != 2:
+        shapes = [None if part is None else list(part.shape) for part in (weight, bias)]
+        raise CheckpointError(f"{name}: the classifier's weight {shapes[0]} and bias {shapes[1]} do not belong together")
+    shape = tuple(named[name].shape)
     if flat:
         return None, Row(name, "fresh", shape, want, "classifier of images, not of videos")
     if shape == want:
-        return have, Row(name, "taken", shape, want)
+        return named[name], Row(name, "taken", shape, want)
     if shape[1:] != want[1:]:
         raise CheckpointError(f"{name}: {list(shape)} in the checkpoint, {list(want)} in the model")
     return None, Row(name, "fresh", shape, want, f"{shape[0]} classes in the checkpoint, {want[0]} in the model")
@@ -173,87 +206,3 @@ def _inflate_kernel(have: Tensor, want: tuple[int, ...], embedding: str) -> tupl
     out = torch.zeros(want, dtype=have.dtype, device=have.device)
     out[:, :, frames // 2] = have
     return out, Row(KERNEL, "inflated", shape, want, f"in slice {frames // 2} of {frames}, zeros elsewhere")
-
-
-def _fit_table(
-    name: str, have: Tensor, want: tuple[int, ...], index: Tensor | None, window: Triple, flat: bool, bias: str
-) -> tuple[Tensor, Row]:
-    """Bias table of the checkpoint's window -> the model's, [(2T-1)(2H-1)(2W-1), h]."""
-    shape = tuple(have.shape)
-    if have.dim() != 2 or shape[1] != want[1]:
-        raise CheckpointError(f"{name}: {list(shape)} in the checkpoint, {list(want)} in the model")
-    if not flat and shape == want:
-        return have, Row(name, "taken", shape, want)
-    tokens = None if index is None else index.shape[0]
-    source = _table_window(name, shape, want, tokens, window, flat)
-    table = resize_table(have, source, (source[0], *window[1:]))
-    if flat:
-        return _inflate_table(name, table, shape, want, source, window, bias)
-    table = resize_table(table, (source[0], *window[1:]), window)
-    return table, Row(name, "resized", shape, want, f"window {source} to {window}, bicubic")
-
-
-def _inflate_table(
-    name: str, table: Tensor, shape: tuple[int, ...], want: tuple[int, ...], source: Triple, window: Triple, bias: str
-) -> tuple[Tensor, Row]:
-    offsets = 2 * window[0] - 1
-    reason = "" if source[1:] == window[1:] else f"window {source[1:]} to {window[1:]} bicubic; "
-    out = table.repeat(offsets, 1)
-    if bias == "centre":
-        rows = table.shape[0]
-        middle = window[0] - 1
-        out = torch.full_like(out, CROSS_FRAME_BIAS)
-        out[middle * rows : (middle + 1) * rows] = table
-        return out, Row(name, "inflated", shape, want, f"{reason}offset 0 in time, {CROSS_FRAME_BIAS} elsewhere")
-    return out, Row(name, "inflated", shape, want, f"{reason}the same for {offsets} offsets in time")
-
-
-def resize_table(table: Tensor, source: Triple, target: Triple) -> Tensor:
-    """Bias table of one window resized to another, [(2T-1)(2H-1)(2W-1), h] -> the same of ``target``.
-
-    Bicubic along each axis (half-pixel centres, a = -0.75, clamped borders, no antialiasing), height and width
-    as the published code does it; time by the same kernel. An axis of equal size is left exactly as it is.
-    """
-    heads = table.shape[1]
-    (t, h, w), (t2, h2, w2) = ([2 * n - 1 for n in size] for size in (source, target))
-    x = table.t().reshape(heads, t, h, w)
-    # float64 keeps its precision; half precisions are resized in float32
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if (h, w) != (h2, w2):
-        x = F.interpolate(x, size=(h2, w2), mode="bicubic", align_corners=False)
-    if t != t2:
-        x = F.interpolate(x.reshape(heads, 1, t, h2 * w2), size=(t2, h2 * w2), mode="bicubic", align_corners=False)
-    return x.reshape(heads, -1).t().contiguous().to(table.dtype)
-
-
-def _table_window(
-    name: str, shape: tuple[int, ...], want: tuple[int, ...], tokens: int | None, window: Triple, flat: bool
-) -> Triple:
-    """Window of a table, from its rows (and the tokens of its index, where stored).
-
-    Rows alone can fit several windows: the model's height and width are tried first, then square windows.
-    """
-    rows = shape[0]
-    found: list[Triple] = []
-    sides = [window[1:], *((s, s) for s in range(1, isqrt(rows) + 1))]
-    for h, w in sides:
-        frames, rest = divmod(rows, (2 * h - 1) * (2 * w - 1))
-        t = (frames + 1) // 2
-        if rest or frames % 2 == 0 or (flat and t != 1) or (tokens is not None and t * h * w != tokens):
-            continue
-        found.append((t, h, w))
-    if not found:
-        raise CheckpointError(
-            f"{name}: {list(shape)} in the checkpoint is the table of no square window; {list(want)} in the model"
-        )
-    if found[0][1:] == window[1:]:
-        return found[0]
-    likely = [size for size in found if size[1] >= 4 and (flat or size[0] > 1)] or found
-    if len(set(likely)) > 1 and window[0] in [size[0] for size in likely]:
-        likely = [size for size in likely if size[0] == window[0]]
-    if len(set(likely)) > 1:
-        raise CheckpointError(
-            f"{name}: {list(shape)} in the checkpoint may be of window {' or '.join(map(str, likely))}; "
-            f"{list(want)} in the model"
-        )
-    return likely[0]

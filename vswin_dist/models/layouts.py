@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from types import NoneType
 from typing import Any
 
 from torch import Tensor
@@ -21,8 +22,13 @@ WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
 EXPORTS = ("official", "torchvision", "native", "microsoft2d")
 
 
-def unwrap(content: Any, source: str) -> dict[str, Tensor]:
-    """The flat name -> tensor dict inside a loaded file. Raises CheckpointError where there is none."""
+def unwrap(content: Any, source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The flat name -> tensor dict inside a loaded file, and what lay beside it (name -> what it is).
+
+    Raises CheckpointError where there is no such dict, where there are two, or where it holds something that may hide
+    tensors.
+    """
+    beside: dict[str, str] = {}
     found = content
     while isinstance(found, Mapping) and not any(isinstance(v, Tensor) for v in found.values()):
         inner = [key for key in WRAPPERS if isinstance(found.get(key), Mapping)]
@@ -30,13 +36,21 @@ def unwrap(content: Any, source: str) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{source}: holds no tensors, alone or under {', '.join(WRAPPERS)}; its keys: {_some(found)}"
             )
+        if len(inner) > 1:
+            raise CheckpointError(f"{source}: holds weights under {' and '.join(inner)}: save the one to load alone")
+        beside |= {str(k): f"{type(v).__name__} beside the weights" for k, v in found.items() if k != inner[0]}
         found = found[inner[0]]
     if not isinstance(found, Mapping):
         raise CheckpointError(f"{source}: a {type(found).__name__}, not a dict of tensors")
     state = {str(k): v for k, v in found.items() if isinstance(v, Tensor)}
+    for name, value in found.items():
+        if not isinstance(value, (Tensor, int, float, str, NoneType)):
+            raise CheckpointError(f"{source}: {name} is a {type(value).__name__} among the tensors")
+        if not isinstance(value, Tensor):
+            beside[str(name)] = f"{type(value).__name__}, no tensor"
     if all(name.startswith("module.") for name in state):  # saved from a DistributedDataParallel wrapper
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return state
+    return state, beside
 
 
 def recognise(state: Mapping[str, Tensor], source: str) -> str:

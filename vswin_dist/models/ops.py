@@ -5,7 +5,6 @@ Shapes: B = clips, L = tokens of a window, nWB = windows of all clips, h = heads
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import cpu
-from .windows import BatchPlan, MaskPattern, Triple, region_mask
+from .windows import BatchPlan
 
 
 class _Permute(torch.autograd.Function):
@@ -54,14 +53,14 @@ def to_windows(x: Tensor, plan: BatchPlan) -> Tensor:
     """Tokens [B, N, C] -> windows [nWB, L, C]: padding, shift and partition at once; padding is zero."""
     rows = x.reshape(-1, x.shape[-1])
     out: Tensor = _Permute.apply(rows, plan.gather, plan.scatter, plan.padding)
-    return out.view(-1, plan.plan.length, x.shape[-1])
+    return out.view(-1, plan.length, x.shape[-1])
 
 
 def from_windows(x: Tensor, plan: BatchPlan) -> Tensor:
     """Windows [nWB, L, C] -> tokens [B, N, C]: the inverse of `to_windows`."""
     rows = x.reshape(-1, x.shape[-1])
     out: Tensor = _Unpermute.apply(rows, plan.scatter, plan.gather, plan.padding)
-    return out.view(plan.batch, plan.plan.tokens, x.shape[-1])
+    return out.view(plan.batch, plan.tokens, x.shape[-1])
 
 
 class Linear(nn.Linear):
@@ -84,32 +83,17 @@ def mlp(x: Tensor, fc1: Linear, fc2: Linear) -> Tensor:
     return out
 
 
-class MaskedBias:
-    """Bias of each pattern of windows: ``masks(bias)`` gives (start, stop, bias [h, L, L] plus its mask)."""
-
-    def __init__(self, window: Triple, patterns: tuple[MaskPattern, ...]) -> None:
-        self.window = window
-        self.patterns = patterns
-
-    def __call__(self, bias: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        for pattern in self.patterns:
-            masked = bias
-            if any(pattern.cut):
-                masked = bias + region_mask(self.window, pattern.cut, bias.device, bias.dtype)
-            yield pattern.start, pattern.stop, masked
-
-
-def window_attention(qkv: Tensor, bias: Tensor, heads: int, masks: MaskedBias) -> Tensor:
+def window_attention(qkv: Tensor, bias: Tensor, heads: int, plan: BatchPlan) -> Tensor:
     """Attention inside each window. qkv [nWB, L, 3C], bias [h, L, L] -> [nWB, L, C].
 
     Windows of one mask pattern are neighbours, so each pattern takes one call with one [h, L, L] mask.
     """
     if cpu.usable(qkv, torch.float32, torch.float64) and bias.dtype == qkv.dtype:
-        return cpu.attention(qkv, bias, heads, masks)
+        return cpu.attention(qkv, bias, heads, plan.masked)
     count, length, channels = qkv.shape
     q, k, v = qkv.view(count, length, 3, heads, channels // 3 // heads).permute(2, 0, 3, 1, 4)
     parts = []
-    for start, stop, mask in masks(bias):
+    for start, stop, mask in plan.masked(bias):
         rows = slice(start, stop)
         out = F.scaled_dot_product_attention(q[rows], k[rows], v[rows], attn_mask=mask[None])
         parts.append(out.transpose(1, 2))  # [n, L, h, d]

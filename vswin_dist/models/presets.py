@@ -36,6 +36,7 @@ class Architecture:
     shift: str = "3d"
     bias_index: str = "offset"
     gradient_checkpointing: str = "none"
+    compile: bool = False
 
     @property
     def attention_window(self) -> tuple[int, int, int]:
@@ -92,6 +93,10 @@ def _checked(key: str, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
             raise ConfigError(f"{key}={value!r} must be a number from 0 up to, not including, 1")
         return float(value)
+    if key == "compile":
+        if not isinstance(value, bool):
+            raise ConfigError(f"compile={value!r} must be true or false")
+        return value
     if key in ("num_classes", "embed_dim"):
         return _positive(key, value)
     if isinstance(value, str) or not isinstance(value, Sequence) or not value:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ from .inflate import fit
 from .layouts import recognise, unwrap
 from .report import LoadReport
 from .swin3d import VideoSwin
+
+# safetensors' names of the types a weight may have
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def load_pretrained(
@@ -41,9 +45,9 @@ def load_pretrained(
     source = str(path_or_uri)
     with _local(source) as path:
         content = _read(path, source, "meta" if dry_run else "cpu")
-    state = unwrap(content, source)
+    state, beside = unwrap(content, source)
     layout = recognise(state, source)
-    return fit(state, model, layout, source, embedding=embedding, bias=bias, dry_run=dry_run)
+    return fit(state, model, layout, source, beside, embedding=embedding, bias=bias, dry_run=dry_run)
 
 
 @contextmanager
@@ -75,18 +79,22 @@ def _read(path: Path, source: str, device: str) -> Any:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
-        first = str(error).splitlines()[0]
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise CheckpointError(
-            f"{source}: refused, since reading it would execute code, or it is no checkpoint ({first}). "
+            f"{source}: refused, since reading it would execute code{f' ({code[1]})' if code else ''}, or it is damaged. "
             "Save its tensors alone (torch.save of a state dict, or safetensors)."
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{source}: damaged, or neither a torch nor a safetensors file: {error}") from error
+    except Exception as error:  # damage shows as almost any of them, from struct.error to AssertionError
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{source}: damaged, or neither a torch nor a safetensors file: {what}") from error
 
 
 def _read_safetensors(path: Path, device: str) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
         if device != "meta":
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        names = list(file.keys())
-        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: torch.empty(part.get_shape(), dtype=FLOATS.get(part.get_dtype(), torch.int64), device="meta")
+            for name, part in parts.items()
+        }

@@ -5,7 +5,8 @@ Shapes: B = clips; T, H, W = frames and pixels of a clip; T', H', W' = its token
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from vswin_dist.errors import ConfigError
 from .blocks import NORM_EPS, PatchEmbed, PatchMerging, ResidualBlock, SwinBlock, TemporalBlock, recompute
 from .presets import Architecture, resolve, settings_of
 from .stochastic import HEAD_PLACE, dropout
-from .windows import Triple
+from .windows import BatchPlan
 
 SPLIT_LAYERS = 2  # temporal layers after the last stage in the split design (table 4)
 
@@ -46,16 +47,14 @@ class Stage(nn.Module):
         )
         self.downsample = PatchMerging(dim) if stage + 1 < len(a.depths) else None
 
-    def forward(self, x: Tensor, grid: Triple, keys: Tensor | None) -> tuple[Tensor, Triple]:
-        """Tokens [B, N, C] -> tokens of the next stage and their grid."""
-        for block in self.blocks:
+    def forward(self, x: Tensor, plans: Sequence[BatchPlan], keys: Tensor | None) -> Tensor:
+        """Tokens [B, N, C], one plan for each block -> tokens of the next stage."""
+        for block, plan in zip(self.blocks, plans, strict=True):
             if self.training and self.gradient_checkpointing == "block":
-                x = recompute(block, x, grid, keys)
+                x = recompute(block, x, plan, keys)
             else:
-                x = block(x, grid, keys)
-        if self.downsample is not None:
-            x, grid = self.downsample(x, grid)
-        return x, grid
+                x = block(x, plan, keys)
+        return x if self.downsample is None else self.downsample(x, plans[-1].grid)
 
 
 class VideoSwin(nn.Module):
@@ -91,7 +90,7 @@ class VideoSwin(nn.Module):
         shape or dtype.
         """
         keys = self._keys(clips, sample_keys)
-        pooled = self._tokens(clips, keys)[0].mean(1)
+        pooled = self._tokens(clips, keys, self._plans(clips)).mean(1)
         if keys is not None and self.architecture.head_dropout > 0.0:
             pooled = dropout(pooled, keys, HEAD_PLACE, self.architecture.head_dropout)
         logits: Tensor = self.head(pooled)
@@ -99,19 +98,37 @@ class VideoSwin(nn.Module):
 
     def forward_features(self, clips: Tensor, sample_keys: Tensor | None = None) -> Tensor:
         """Clips float [B, 3, T, H, W] -> features after the final norm [B, C, T', H', W']."""
-        x, grid = self._tokens(clips, self._keys(clips, sample_keys))
-        return x.transpose(1, 2).reshape(x.shape[0], -1, *grid)
+        keys = self._keys(clips, sample_keys)
+        plans = self._plans(clips)
+        x = self._tokens(clips, keys, plans)
+        return x.transpose(1, 2).reshape(x.shape[0], -1, *plans[-1][-1].grid)
 
-    def _tokens(self, clips: Tensor, keys: Tensor | None) -> tuple[Tensor, Triple]:
-        """Normalised tokens of the last stage [B, N, C] and their grid."""
-        x, grid = self.patch_embed(clips)
-        whole = self.training and self.architecture.gradient_checkpointing == "stage"
+    def _plans(self, clips: Tensor) -> list[list[BatchPlan]]:
+        """Plan of every block of every stage, all of them cached: looked up apart from the computation."""
+        grid = self.patch_embed.grid(clips)
+        plans = []
         for stage in self.layers:
-            x, grid = recompute(stage, x, grid, keys) if whole else stage(x, grid, keys)
+            plans.append([block.plan(grid, clips.shape[0], clips.device) for block in stage.blocks])
+            grid = (grid[0], (grid[1] + 1) // 2, (grid[2] + 1) // 2)
+        return plans
+
+    def _tokens(self, clips: Tensor, keys: Tensor | None, plans: list[list[BatchPlan]]) -> Tensor:
+        """Normalised tokens of the last stage [B, N, C]."""
+        if self.training and self.architecture.compile:
+            return _compiled()(self, clips, keys, plans)
+        return self._compute(clips, keys, plans)
+
+    def _compute(self, clips: Tensor, keys: Tensor | None, plans: list[list[BatchPlan]]) -> Tensor:
+        x = self.patch_embed(clips)
+        whole = self.training and self.architecture.gradient_checkpointing == "stage"
+        for stage, own in zip(self.layers, plans, strict=True):
+            x = recompute(stage, x, own, keys) if whole else stage(x, own, keys)
         each = self.training and self.architecture.gradient_checkpointing in ("block", "stage")
         for block in self.temporal_layers:
-            x = recompute(block, x, grid, keys) if each else block(x, grid, keys)
-        return self.norm(x), grid
+            last = plans[-1][-1]
+            x = recompute(block, x, last, keys) if each else block(x, last, keys)
+        out: Tensor = self.norm(x)
+        return out
 
     def _keys(self, clips: Tensor, sample_keys: Tensor | None) -> Tensor | None:
         """Keys in training (drawn where none are given), None in eval; checks the input."""
@@ -136,8 +153,17 @@ class VideoSwin(nn.Module):
             raise ConfigError(f"clips must have 3 channels on axis 1 ([B, 3, T, H, W]); got {list(clips.shape)}")
         if not clips.is_floating_point():
             raise ConfigError(f"clips must be floating point and normalised; got {clips.dtype}")
+        wanted = self.head.weight.dtype
+        if clips.dtype != wanted and not torch.is_autocast_enabled(clips.device.type):
+            raise ConfigError(f"clips are {clips.dtype} and the weights {wanted}: cast either, or run under autocast")
         if 0 in clips.shape:
             raise ConfigError(f"clips have an empty axis: {list(clips.shape)}")
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Callable[..., Tensor]:
+    """One graph for each shape of clips; kept apart from the models, which thus copy and pickle as ever."""
+    return torch.compile(VideoSwin._compute, dynamic=False, fullgraph=True)
 
 
 def _init_linear(module: nn.Module) -> None:
@@ -153,6 +179,7 @@ def build_model(name: str = "swin_t", num_classes: int = 400, **overrides: Any) 
 
     Overrides: patch_size, window_size, embed_dim, depths, num_heads, drop_path_rate, head_dropout,
     attention_design (joint | split | factorized), shift (3d | spatial | none), bias_index (offset | official),
-    gradient_checkpointing (none | block | stage | selective). Raises ConfigError for what is unknown or cannot be.
+    gradient_checkpointing (none | block | stage | selective), compile (forward and backward of training by
+    torch.compile; evaluation runs as it is). Raises ConfigError for what is unknown or cannot be.
     """
     return VideoSwin(name, resolve(name, num_classes, overrides))

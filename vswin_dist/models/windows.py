@@ -73,17 +73,27 @@ class WindowPlan:
         return rows[order], tuple(patterns)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Windows ``start`` to ``stop`` of a batch and their additive mask [L, L] (None: nothing is masked)."""
+
+    start: int
+    stop: int
+    mask: Tensor | None
+
+
 class BatchPlan:
-    """A `WindowPlan` for a batch of B clips on one device.
+    """All that a block needs to know of a grid, for a batch of B clips on one device.
 
     ``gather``: int64 [nW*B*L], row of the flat [B*N] tokens for each place, windows first, then clips;
     a place of padding names row 0 and is listed in ``padding`` (None where there is none).
-    ``scatter``: int64 [B*N], its inverse.
+    ``scatter``: int64 [B*N], its inverse. ``index``: rows of the bias table, int64 [L*L], see `bias_index`.
+    ``rows``: the windows by mask pattern, at most eight, neighbours each.
     """
 
-    def __init__(self, plan: WindowPlan, batch: int, device: torch.device) -> None:
-        self.plan = plan
-        self.batch = batch
+    def __init__(self, plan: WindowPlan, index: Tensor, batch: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.grid, self.tokens, self.length, self.batch = plan.grid, plan.tokens, plan.length, batch
+        self.index = index
         rows = plan.gather[:, None, :]  # [nW, 1, L]
         real = rows < plan.tokens
         full = torch.where(real, rows + torch.arange(batch)[:, None] * plan.tokens, -1).reshape(-1)
@@ -94,8 +104,16 @@ class BatchPlan:
         self.gather = full.clamp(min=0).to(device)
         self.scatter = inverse.to(device)
         self.padding: Tensor | None = padding.to(device) if plan.has_padding else None
-        # Slices of the nW*B windows, with where the second region starts.
-        self.patterns = tuple(MaskPattern(p.start * batch, p.stop * batch, p.cut) for p in plan.patterns)
+        self.rows = tuple(
+            Rows(p.start * batch, p.stop * batch,
+                 region_mask(plan.window, p.cut, device, dtype) if any(p.cut) else None)
+            for p in plan.patterns
+        )  # fmt: skip
+
+    def masked(self, bias: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """Start and stop of each pattern's windows, and their bias [h, L, L] with the mask added."""
+        for part in self.rows:
+            yield part.start, part.stop, bias if part.mask is None else bias + part.mask
 
 
 @contextmanager
@@ -120,10 +138,16 @@ def window_plan(grid: Triple, window: Triple, shift: Triple) -> WindowPlan:
 
 
 @lru_cache(maxsize=256)
-def batch_plan(grid: Triple, window: Triple, shift: Triple, batch: int, device: torch.device) -> BatchPlan:
-    """The plan of a grid for B clips on a device, cached, so that a steady step copies no index there."""
+def batch_plan(
+    grid: Triple, window: Triple, shift: Triple, indexing: str, batch: int, device: torch.device, dtype: torch.dtype
+) -> BatchPlan:
+    """The plan of a grid for B clips, cached, so that a steady step copies nothing to the device.
+
+    ``window``, ``shift`` and ``indexing`` are the configured ones; ``device`` and ``dtype`` those of the bias table.
+    """
     with _plain_cpu():
-        return BatchPlan(window_plan(grid, window, shift), batch, device)
+        plan = window_plan(grid, window, shift)
+        return BatchPlan(plan, bias_index(window, plan.window, indexing, device), batch, device, dtype)
 
 
 @lru_cache(maxsize=256)

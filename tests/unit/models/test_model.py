@@ -54,6 +54,7 @@ def test_impossible_settings(settings: dict, message: str) -> None:
         (torch.zeros(3, 8, 32, 32), "axes"),
         (torch.zeros(1, 8, 3, 32, 32), "3 channels"),
         (torch.zeros(1, 3, 8, 32, 32, dtype=torch.uint8), "floating point"),
+        (torch.zeros(1, 3, 8, 32, 32, dtype=torch.float64), "float64 and the weights torch.float32"),
         (torch.zeros(0, 3, 8, 32, 32), "empty"),
         ([1.0], "tensor"),
     ],

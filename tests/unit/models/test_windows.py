@@ -7,7 +7,7 @@ import torch
 
 from tests.parity.reference_swin import partition, relative_index, shift_mask
 from vswin_dist.models.ops import from_windows, to_windows
-from vswin_dist.models.windows import BatchPlan, WindowPlan, batch_plan, bias_index, region_mask
+from vswin_dist.models.windows import WindowPlan, batch_plan, bias_index, region_mask
 
 GRIDS = [((4, 14, 14), (2, 7, 7)), ((5, 9, 10), (2, 4, 3)), ((3, 7, 20), (8, 7, 7)), ((1, 1, 1), (8, 7, 7))]
 CPU = torch.device("cpu")
@@ -35,8 +35,8 @@ def test_windows_hold_what_roll_and_partition_give(grid: tuple, window: tuple, s
 
 @pytest.mark.parametrize(("grid", "window"), GRIDS)
 def test_permutation_and_its_gradient(grid: tuple, window: tuple) -> None:
-    plan = BatchPlan(WindowPlan(grid, window, tuple(w // 2 for w in window)), 2, CPU)
-    x = torch.randn(2, plan.plan.tokens, 3, dtype=torch.float64, requires_grad=True)
+    plan = batch_plan(grid, window, tuple(w // 2 for w in window), "offset", 2, CPU, torch.float64)
+    x = torch.randn(2, plan.tokens, 3, dtype=torch.float64, requires_grad=True)
     windows = to_windows(x, plan)
     assert torch.equal(from_windows(windows, plan), x)
     assert windows.abs().sum().item() == pytest.approx(x.abs().sum().item())  # padding is zero
@@ -62,6 +62,6 @@ def test_bias_index(window: tuple) -> None:
 
 def test_plans_made_in_inference_mode_serve_training() -> None:
     with torch.inference_mode():
-        plan = batch_plan((3, 11, 13), (2, 3, 3), (1, 1, 1), 1, CPU)
+        plan = batch_plan((3, 11, 13), (2, 3, 3), (1, 1, 1), "offset", 1, CPU, torch.float32)
     assert not plan.gather.is_inference()
-    assert plan is batch_plan((3, 11, 13), (2, 3, 3), (1, 1, 1), 1, CPU)
+    assert plan is batch_plan((3, 11, 13), (2, 3, 3), (1, 1, 1), "offset", 1, CPU, torch.float32)
