@@ -15,7 +15,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,16 +26,18 @@ import torch
 from vswin_dist import storage
 from vswin_dist.config.schema import DataSettings
 from vswin_dist.data import bench_readers as br
+from vswin_dist.data import measure as costs
 from vswin_dist.data import sampling
+from vswin_dist.data.augment import augment
 from vswin_dist.data.decode import View, count_frames
 from vswin_dist.data.fetch import Members
 from vswin_dist.data.loader import TrainLoader
 from vswin_dist.data.plan import Plan
-from vswin_dist.data.transforms import normalise
+from vswin_dist.data.transforms import normalise, to_rgb
 from vswin_dist.errors import DataError
 from vswin_dist.manifest import read_manifest
 
-STAGES = ("fetch", "decode", "convert", "collate", "normalise")
+STAGES = ("fetch", "decode", "convert", "augment", "collate", "normalise")
 MOST_VIDEOS = 50
 
 
@@ -119,7 +121,9 @@ def _stages(data: bytes, clip: br.Clip, s: DataSettings) -> dict[str, float]:
     """Seconds of the parts of our way that are not told apart by reading alone."""
     made = br.ours(data, clip, s.pixel_format)()
     batch, collate = _timed(lambda: torch.cat([made] * 4))
+    strong = replace(s, rand_augment_ops=4, rand_augment_magnitude=7, erasing=0.25)  # the published recipe of SSv2
     return {"decode": _timed(lambda: br.frames_alone(data, clip))[1], "convert": 0.0, "collate": collate / 4,
+            "augment": _timed(lambda: augment(to_rgb(made)[0], strong, np.random.default_rng(clip.frames)))[1],
             "normalise": _timed(lambda: normalise(batch[:1], s.mean, s.std, torch.bfloat16))[1]}
 
 
@@ -184,6 +188,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pixel-format", choices=("rgb", "yuv"), default="yuv", help="of the stages and of the processes")
     parser.add_argument("--workers", type=int, default=0, help="measure also so many processes, on shards")
     parser.add_argument("--rate", type=float, help="clips/s that the consumer takes; else 80%% of what it could have")
+    parser.add_argument("--memory-epochs", type=int, default=0, help="measure memory over so many epochs, on shards")
+    parser.add_argument("--plan", type=int, nargs=2, default=(300_000, 4096), metavar=("SAMPLES", "RANKS"))
     parser.add_argument("--gpus", type=int, default=0, help="of a node, to be kept fed")
     parser.add_argument("--clips-per-gpu", type=float, default=0.0, help="clips/s that each of them takes")
     parser.add_argument("--no-peers", action="store_true")
@@ -201,19 +207,31 @@ def main(arguments: list[str] | None = None) -> int:
         if args.workers and not Path(result["source"], "index.csv").exists():
             result["in_all"] = _in_all(result["source"], s, args)
     print("\n".join(compared(results)))
+    plan = costs.plan_cost(*args.plan)
+    print(f"{args.plan[0]:,} samples, {args.plan[1]:,} ranks: {plan}")
     print(json.dumps({"machine": f"{platform.machine()}, {os.cpu_count()} cores", "frames": args.frames,
-                      "stride": args.stride, "size": args.size, "pixel_format": args.pixel_format, "sources": results}))
+                      "stride": args.stride, "size": args.size, "pixel_format": args.pixel_format, "sources": results,
+                      "plan": asdict(plan)}))
     return 0
 
 
-def _in_all(url: str, s: DataSettings, args: argparse.Namespace) -> dict[str, float]:
-    """Rate and wait share with processes, printed."""
+def _in_all(url: str, s: DataSettings, args: argparse.Namespace) -> dict[str, Any]:
+    """What the loader does with processes, printed: rate, wait share, the first batch, memory."""
     most, _ = consume(url, s, args.clips * 8, None)
     rate = args.rate or 0.8 * most
     taken, share = consume(url, s, args.clips * 8, rate)
     print(f"{s.workers} processes: {most:.1f} clips/s in all; a consumer of {rate:.1f} clips/s gets {taken:.1f} and waits "
           f"{share:.1%} of the time")
-    return {"workers": s.workers, "clips_per_s": most, "consumer_rate": rate, "taken_per_s": taken, "wait_share": share}
+    data = replace(s, train=url)
+    first, late = (costs.first_batch(data, 1, step) for step in (0, 1_000_000))
+    print(f"first batch: {first:.2f} s at step 0, {late:.2f} s at step 1,000,000")
+    found = {"workers": s.workers, "clips_per_s": most, "consumer_rate": rate, "taken_per_s": taken, "wait_share": share,
+             "first_batch_s": first, "late_batch_s": late}
+    if args.memory_epochs:
+        slope = costs.memory_slope(data, min(4, len(read_manifest(url).samples)), args.memory_epochs)
+        print(slope)
+        found |= asdict(slope)
+    return found
 
 
 def _on_one_core(run: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
