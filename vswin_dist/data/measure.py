@@ -104,10 +104,10 @@ class MemorySlope:
 
 
 def memory_slope(data: DataSettings, batch: int, epochs: int = 20) -> MemorySlope:
-    """Proportional set size over `epochs` epochs of one rank, in which shared pages count once."""
+    """Resident memory over `epochs` epochs of one rank; pages that processes share count for each of them."""
     loader = _loader(data, batch)
     steps = loader.last
-    loader.last = steps * epochs
+    loader.last = steps * (epochs + 1)  # its processes are still at work when the last epoch is measured
     held = []
     batches: Iterator[Batch] = iter(loader)
     for _ in range(epochs):
@@ -120,4 +120,4 @@ def memory_slope(data: DataSettings, batch: int, epochs: int = 20) -> MemorySlop
 
 def _held() -> int:
     here = psutil.Process()
-    return sum(int(p.memory_full_info().pss) for p in (here, *here.children(recursive=True)))
+    return sum(int(p.memory_info().rss) for p in (here, *here.children(recursive=True)))
