@@ -101,7 +101,11 @@ def from_flat(values: Mapping[str, Any], recipe: str = "") -> Settings:
         group, field = key.split(".", 1)
         if field not in groups[group]:
             raise ConfigError(f"{key} is not set: give {key}=...")
-    return Settings(**{group: cls(**groups[group]) for group, cls in GROUPS.items()}, recipe=recipe)
+    settings = Settings(**{group: cls(**groups[group]) for group, cls in GROUPS.items()}, recipe=recipe)
+    if settings.model.compile and settings.training.zero_stage == 3:
+        raise ConfigError("model.compile=true with training.zero_stage=3: the graph cannot hold weights that come and go; "
+                          "take stage 2 or model.compile=false")
+    return settings
 
 
 def to_flat(settings: Settings) -> dict[str, Any]:

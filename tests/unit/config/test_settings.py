@@ -42,6 +42,11 @@ def test_bad_overrides_are_refused(override: str, message: str) -> None:
     assert message in str(error.value)
 
 
+def test_a_compiled_model_needs_its_weights_whole() -> None:
+    with pytest.raises(ConfigError, match="stage 2"):
+        load_settings("demo", ["data.train=x", "model.compile=true", "training.zero_stage=3"])
+
+
 def test_what_has_no_default_must_be_given() -> None:
     with pytest.raises(ConfigError, match=r"data\.train is not set"):
         load_settings("demo")
