@@ -22,7 +22,8 @@ def test_rows_of_one_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["model"] for row in result["rows"]] == ["swin_nano", "swin_nano gradient_checkpointing=block"]
     assert result["overrides"] == {"num_classes": 3, "shift": "none"}
     for row in result["rows"]:
-        assert row["step_s"] > 0 and 0 < row["peak_bytes"] < held.nbytes // 2 and row["clips_per_s"] == pytest.approx(1 / row["step_s"])
+        assert 0 < row["peak_bytes"] < held.nbytes // 2
+        assert row["clips_per_s"] == pytest.approx(1 / row["step_s"])
     assert len(table) == 4
 
 
