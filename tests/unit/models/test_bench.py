@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,7 +11,14 @@ import torch
 from vswin_dist.errors import ConfigError
 from vswin_dist.models import bench
 
-SHAPE = ["swin_nano", "--clip", "4", "32", "32", "--repeats", "1", "--no-peers"]
+SHAPE = ["swin_nano", "--threads", "1", "--clip", "4", "32", "32", "--repeats", "1", "--no-peers"]
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def test_rows_of_one_run(capsys: pytest.CaptureFixture[str]) -> None:
