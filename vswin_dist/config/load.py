@@ -188,3 +188,6 @@ def _check_together(s: Settings) -> None:
     if s.optim.warmup_epochs > s.training.epochs:
         raise ConfigError(f"optim.warmup_epochs={s.optim.warmup_epochs:g} is longer than the training of "
                           f"training.epochs={s.training.epochs}: lower the one or raise the other")
+    if s.model.compile and s.training.zero_stage == 3:
+        raise ConfigError("model.compile=true with training.zero_stage=3: the graph cannot hold weights that come and go; "
+                          "take stage 2 or model.compile=false")

@@ -31,6 +31,7 @@ class ModelSettings:
     shift: str = "3d"  # 3d | spatial | none
     bias_index: str = "offset"  # offset | official
     gradient_checkpointing: str = "none"  # none | block | stage | selective
+    compile: bool = False  # forward and backward of training by torch.compile; ZeRO stages 0 to 2
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,14 @@
 """Speed and memory of a model beside its peers, in one process, runs alternating, medians.
 
 Peers are taken where they can be imported: torchvision's swin3d at the same dimensions, and the plain reference
-of ``tests/parity`` when run from the repository. ``python -m vswin_dist.models.bench swin_t --threads 2`` prints
-one table and one JSON.
+of ``tests/parity`` when run from the repository. Prints one table and one JSON; ``python jobs/benchmark.py model`` is
+the same as ``python -m vswin_dist.models.bench``:
+
+    swin_t --threads 2                                      the speed of a preset
+    swin_t --set window_size=[16,7,7] --set shift=none      of any variant
+    swin_b --clip 16 224 224 --no-peers --also gradient_checkpointing=block --also gradient_checkpointing=stage
+                                                            one more row of ours for each --also
+    --gpu-claims                                            everything that this model claims of a GPU, in one command
 """
 
 from __future__ import annotations
@@ -10,12 +16,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import platform
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
@@ -68,20 +75,25 @@ def benchmark(
     device: str = "cpu",
     repeats: int = 5,
     with_peers: bool = True,
+    also: Sequence[dict[str, Any]] = (),
     **overrides: Any,
 ) -> dict[str, Any]:
     """Measure a preset with overrides; ``clip`` is (T, H, W) in frames and pixels. Times are in seconds.
 
-    Returns a JSON-able dict: where it ran, the device's measured matrix rate, and a row per model with medians,
-    every single time, clips per second of training, utilisation (operations of forward and backward, three
-    times the forward's, per second over the matrix rate) and the peak memory of one training step.
+    ``also`` lists further overrides, each of which makes one more model of ours in the same run. Returns a JSON-able
+    dict: where it ran, the device's measured matrix rate, and a row per model with medians, every single time, clips
+    per second of training, utilisation (operations of forward and backward, three times the forward's, per second
+    over the matrix rate) and the peak memory of one training step. A model that does not fit a GPU has None there.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
-    place = torch.device(device)
-    settings = {"drop_path_rate": 0.0, "head_dropout": 0.0, **overrides}
-    ours = build_model(name, **settings)
-    models: dict[str, nn.Module] = {name: ours, **(peers(ours) if with_peers else {})}
+    place = _place(device)
+    base = {"drop_path_rate": 0.0, "head_dropout": 0.0, **overrides}
+    settings = {name: base} | {" ".join([name, *(f"{k}={v}" for k, v in more.items())]): base | more for more in also}
+    models: dict[str, nn.Module] = {key: build_model(name, **own) for key, own in settings.items()}
+    ours = models[name]
+    assert isinstance(ours, VideoSwin)
+    models |= peers(ours) if with_peers else {}
     for model in models.values():
         model.to(place, DTYPES[dtype])
     clips = torch.randn(batch, 3, *clip, device=place, dtype=DTYPES[dtype])
@@ -91,18 +103,55 @@ def benchmark(
     operations = 6 * batch * count_macs(ours, clip)
     rows = []
     for key, model in models.items():
-        spec = {"name": name, "peer": key, "clip": clip, "batch": batch, "dtype": dtype, "settings": settings}
-        peak = _cuda_peak(model, clips) if place.type == "cuda" else cpu_peak(spec)
-        f, s = median(forward[key]), median(step[key])
+        spec = {"name": name, "peer": None if key in settings else key, "clip": clip, "batch": batch, "dtype": dtype,
+                "settings": settings.get(key, base)}  # fmt: skip
+        f, s = _median(forward[key]), _median(step[key])
+        peak = None if s is None else _cuda_peak(model, clips) if place.type == "cuda" else cpu_peak(spec)
         rows.append({
-            "model": key, "forward_s": f, "step_s": s, "clips_per_s": batch / s, "utilisation": operations / s / rate,
-            "peak_bytes": peak, "forward_speedup_of_ours": f / median(forward[name]),
-            "step_speedup_of_ours": s / median(step[name]), "forward_runs_s": forward[key], "step_runs_s": step[key],
+            "model": key, "forward_s": f, "step_s": s, "clips_per_s": s and batch / s, "peak_bytes": peak,
+            "utilisation": s and operations / s / rate, "forward_speedup_of_ours": _ratio(f, _median(forward[name])),
+            "step_speedup_of_ours": _ratio(s, _median(step[name])), "forward_runs_s": forward[key],
+            "step_runs_s": step[key],
         })  # fmt: skip
     return {
         "name": name, "overrides": overrides, "clip": list(clip), "batch": batch, "dtype": dtype, "device": _device(place),
         "threads": torch.get_num_threads(), "torch": torch.__version__, "matrix_flops": rate, "rows": rows,
     }  # fmt: skip
+
+
+def _place(device: str) -> torch.device:
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device={device!r}: say cpu or cuda") from error
+    if place.type not in ("cpu", "cuda") or (place.type == "cuda" and not torch.cuda.is_available()):
+        raise ConfigError(f"device={device!r}: this machine or this build of torch has none; cpu is there")
+    return place
+
+
+def gpu_claims(result: dict[str, Any]) -> str:
+    """What a run with a checkpointed row shows of the claims for a GPU, one line each; wanted values beside."""
+    rows = {row["model"]: row for row in result["rows"]}
+    peer = rows.get("torchvision", {"step_s": None, "peak_bytes": None})
+    ours = [row for key, row in rows.items() if key not in ("torchvision", "reference") and row["step_s"]]
+    saving = [row["peak_bytes"] for row in ours if "gradient_checkpointing" in row["model"]]
+    fastest = min((row["step_s"] for row in ours), default=None)
+    found = [
+        ("forward+backward over torchvision's", _ratio(peer["step_s"], fastest), "at least 2"),
+        ("utilisation of the matrix rate", max((row["utilisation"] for row in ours), default=None), "at least 0.45"),
+        ("peak memory, checkpointed, over torchvision's without", _ratio(min(saving, default=None), peer["peak_bytes"]),
+         "at most 0.5"),
+    ]  # fmt: skip
+    return "\n".join(f"{what}: {'not measured' if value is None else f'{value:.2f}'} (wanted: {wanted})"
+                     for what, value, wanted in found)  # fmt: skip
+
+
+def _median(times: list[float]) -> float | None:
+    return median(times) if times else None
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a / b
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -119,11 +168,12 @@ def table(result: dict[str, Any]) -> str:
     """The result of `benchmark` as text."""
     lines = [COLUMNS]
     for r in result["rows"]:
-        lines.append((
-            r["model"], f"{r['forward_s']:.3f}", f"{r['step_s']:.3f}", f"{r['clips_per_s']:.2f}",
-            f"{r['utilisation']:.0%}", f"{r['peak_bytes'] / 1e9:.2f}", f"{r['forward_speedup_of_ours']:.2f}",
-            f"{r['step_speedup_of_ours']:.2f}",
-        ))  # fmt: skip
+        values = (
+            (r["forward_s"], "{:.3f}"), (r["step_s"], "{:.3f}"), (r["clips_per_s"], "{:.2f}"),
+            (r["utilisation"], "{:.0%}"), (r["peak_bytes"] and r["peak_bytes"] / 1e9, "{:.2f}"),
+            (r["forward_speedup_of_ours"], "{:.2f}"), (r["step_speedup_of_ours"], "{:.2f}"),
+        )  # fmt: skip
+        lines.append((r["model"], *("no memory" if value is None else form.format(value) for value, form in values)))
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     head = (
         f"{result['name']} {'x'.join(map(str, result['clip']))}, batch {result['batch']}, {result['dtype']}, "
@@ -145,14 +195,21 @@ def _step(model: nn.Module, clips: Tensor) -> None:
 
 
 def _alternate(runs: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each run, taking turns, after one unmeasured turn."""
+    """Seconds of each run, taking turns, after one unmeasured turn; none for a run that does not fit the GPU."""
     times: dict[str, list[float]] = {name: [] for name in runs}
+    runs = dict(runs)
     for turn in range(repeats + 1):
-        for name, run in runs.items():
+        for name in list(runs):
             _wait(device)
             start = time.perf_counter()
-            run()
-            _wait(device)
+            try:
+                runs[name]()
+                _wait(device)
+            except torch.OutOfMemoryError:
+                del runs[name]
+                times[name] = []
+                torch.cuda.empty_cache()
+                continue
             if turn:
                 times[name].append(time.perf_counter() - start)
     return times
@@ -179,9 +236,14 @@ def _cuda_peak(model: nn.Module, clips: Tensor) -> int:
 
 
 def cpu_peak(spec: dict[str, Any]) -> int:
-    """Bytes of resident memory that one training step adds, at its peak, in a fresh process."""
+    """Bytes of resident memory that one training step adds, at its peak, in a fresh process.
+
+    There, freed memory goes back to the system at once, so that the peak is that of what is in use.
+    """
     command = [sys.executable, "-m", "vswin_dist.models.bench", "--measure-step", json.dumps(spec)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+                   "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise RuntimeError(f"the process that measures memory failed:\n{done.stderr[-2000:]}")
     return int(done.stdout.split()[-1])
@@ -189,36 +251,63 @@ def cpu_peak(spec: dict[str, Any]) -> int:
 
 def _measure_step(spec: dict[str, Any]) -> int:
     ours = build_model(spec["name"], **spec["settings"])
-    model = ours if spec["peer"] == spec["name"] else peers(ours)[spec["peer"]]
+    model = ours if spec["peer"] is None else peers(ours)[spec["peer"]]
     model.to(DTYPES[spec["dtype"]])
     clips = torch.randn(spec["batch"], 3, *spec["clip"], dtype=DTYPES[spec["dtype"]])
-    before = _resident()
+    _step(model, clips[:1, :, :2, :16, :16])  # what is loaded and compiled at first use is no memory of the step
+    model.zero_grad(set_to_none=True)
+    before = _resident("VmRSS")
     _step(model, clips)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before
+    return _resident("VmHWM") - before
 
 
-def _resident() -> int:
-    """Bytes of this process now; its peak so far where the system does not say."""
+def _resident(what: str) -> int:
+    """Bytes resident in this process now (VmRSS) or at their peak (VmHWM); the peak where the system keeps no such file.
+
+    Linux hands its other figure, ru_maxrss, on from the process that started this one.
+    """
     try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(what))
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    """``key=value`` pairs, the values as JSON or, where they are none, as text."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"{pair!r} is no setting: write key=value")
+        try:
+            found[key] = json.loads(text)
+        except json.JSONDecodeError:
+            found[key] = text
+    return found
+
+
+GPU_CLAIMS: dict[str, Any] = {"name": "swin_l", "batch": 8, "dtype": "bfloat16", "device": "cuda"}
+GPU_ROWS = (
+    ["gradient_checkpointing=block"], ["gradient_checkpointing=selective"], ["compile=true"],
+    ["compile=true", "gradient_checkpointing=block"],
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line: print the table, then the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", nargs="?", default="swin_t")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", help="preset; swin_t by default")
     parser.add_argument("--clip", type=int, nargs=3, default=(32, 224, 224), metavar=("T", "H", "W"))
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_argument("--device", help="cpu by default")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--gradient-checkpointing", default="none")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of build_model")
+    parser.add_argument("--also", action="append", nargs="+", default=[], metavar="KEY=VALUE", help="one more row of ours")
+    parser.add_argument("--gpu-claims", action="store_true", help="swin_l, batch 8, bfloat16 on cuda, where not said else")
     parser.add_argument("--measure-step", metavar="JSON", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.measure_step:
@@ -226,11 +315,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if args.threads:
         torch.set_num_threads(args.threads)
+    given = {key: value for key in ("name", "batch", "dtype", "device") if (value := getattr(args, key)) is not None}
+    also = [*(GPU_ROWS if args.gpu_claims else ()), *args.also]
     result = benchmark(
-        args.name, clip=tuple(args.clip), batch=args.batch, dtype=args.dtype, device=args.device, repeats=args.repeats,
-        with_peers=not args.no_peers, gradient_checkpointing=args.gradient_checkpointing,
+        **(GPU_CLAIMS if args.gpu_claims else {}) | given, clip=tuple(args.clip), repeats=args.repeats,
+        with_peers=not args.no_peers, also=[_settings(pairs) for pairs in also], **_settings(args.set),
     )  # fmt: skip
     print(table(result))
+    if args.gpu_claims:
+        print(gpu_claims(result))
     print(json.dumps(result))
     return 0
 

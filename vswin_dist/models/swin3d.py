@@ -17,7 +17,7 @@ from vswin_dist.errors import ConfigError
 from .blocks import NORM_EPS, PatchEmbed, PatchMerging, ResidualBlock, SwinBlock, TemporalBlock, recompute
 from .presets import Architecture, resolve, settings_of
 from .stochastic import HEAD_PLACE, dropout
-from .windows import BatchPlan
+from .windows import BatchPlan, Triple
 
 SPLIT_LAYERS = 2  # temporal layers after the last stage in the split design (table 4)
 
@@ -46,6 +46,10 @@ class Stage(nn.Module):
             for j in range(a.depths[stage])
         )
         self.downsample = PatchMerging(dim) if stage + 1 < len(a.depths) else None
+
+    def plans(self, grid: Triple, batch: int, device: torch.device) -> list[BatchPlan]:
+        """Plan of each block on a grid of B clips; cached."""
+        return [block.plan(grid, batch, device) for block in self.blocks if isinstance(block, SwinBlock)]
 
     def forward(self, x: Tensor, plans: Sequence[BatchPlan], keys: Tensor | None) -> Tensor:
         """Tokens [B, N, C], one plan for each block -> tokens of the next stage."""
@@ -108,7 +112,8 @@ class VideoSwin(nn.Module):
         grid = self.patch_embed.grid(clips)
         plans = []
         for stage in self.layers:
-            plans.append([block.plan(grid, clips.shape[0], clips.device) for block in stage.blocks])
+            assert isinstance(stage, Stage)
+            plans.append(stage.plans(grid, clips.shape[0], clips.device))
             grid = (grid[0], (grid[1] + 1) // 2, (grid[2] + 1) // 2)
         return plans
 

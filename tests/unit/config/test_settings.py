@@ -79,6 +79,11 @@ def test_every_number_has_bounds_and_every_bound_a_setting() -> None:
     assert CHOICES.keys() | LENGTHS.keys() <= KEYS.keys()
 
 
+def test_a_compiled_model_needs_its_weights_whole() -> None:
+    with pytest.raises(ConfigError, match="stage 2"):
+        load_settings("demo", ["data.train=x", "model.compile=true", "training.zero_stage=3"])
+
+
 def test_what_has_no_default_must_be_given() -> None:
     with pytest.raises(ConfigError, match=r"data\.train is not set"):
         load_settings("demo")

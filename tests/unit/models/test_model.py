@@ -6,9 +6,10 @@ import json
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from vswin_dist.errors import ConfigError
-from vswin_dist.models import build_model
+from vswin_dist.models import VideoSwin, build_model, swin3d
 from vswin_dist.models.stochastic import drop_path_scale, dropout, mix, mix_int, sample_keys, uniform
 
 TINY = {"embed_dim": 12, "depths": (2, 2), "num_heads": (2, 4), "window_size": (2, 4, 4), "num_classes": 5}
@@ -41,6 +42,7 @@ def test_settings_rebuild_the_model(design: str) -> None:
         ({"num_heads": (5, 6, 12, 24)}, "do not divide"),
         ({"drop_path_rate": 1.0}, "drop_path_rate"),
         ({"num_classes": 0}, "positive"),
+        ({"compile": "yes"}, "true or false"),
     ],
 )
 def test_impossible_settings(settings: dict, message: str) -> None:
@@ -84,6 +86,27 @@ def test_recomputation_changes_nothing(design: str) -> None:
     for loss, grads in results[1:]:
         assert torch.equal(loss, results[0][0])
         assert all(torch.equal(a, b) for a, b in zip(grads, results[0][1], strict=True))
+
+
+@pytest.mark.parametrize(("design", "mode"), [("joint", "none"), ("split", "stage"), ("factorized", "selective")])
+def test_compiled_training_is_one_graph_and_the_same(design: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured and differentiated as for the compiler, which is left out for its time; a second step reuses the graph."""
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    captured = torch.compile(VideoSwin._compute, dynamic=False, fullgraph=True, backend=graphs)
+    monkeypatch.setattr(swin3d, "_compiled", lambda: captured)
+    settings = {**TINY, "depths": (2, 1), "attention_design": design, "drop_path_rate": 0.5}
+    plain = build_model("swin_t", **settings)
+    model = build_model("swin_t", **settings, gradient_checkpointing=mode, compile=True)
+    model.load_state_dict(plain.state_dict())
+    for step in range(2):
+        keys = sample_keys(0, step, torch.tensor([5, 9]))
+        for each in (plain, model):
+            each.zero_grad()
+            each(clips() + step, keys).square().sum().backward()
+        for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=name)
+    assert graphs.frame_count == 1
 
 
 def test_masks_follow_the_sample_not_the_batch() -> None:
