@@ -14,7 +14,7 @@ from data_prep.executor import LocalExecutor
 from data_prep.progress import Progress
 from data_prep.tasks import patiently
 from vswin_dist import storage
-from vswin_dist.errors import DataError
+from vswin_dist.errors import DataError, WorkFailed
 from vswin_dist.manifest import Manifest, Sample, Shard, read_manifest, shard_url
 
 CHUNK = 1 << 20
@@ -87,7 +87,7 @@ def check_shard(task: ShardTask) -> list[str]:
         problems.append(f"{name}: {task.shard.samples} samples declared, {len(task.samples)} listed")
     try:
         wrong, sha256 = patiently(lambda: _read_through(task))
-    except OSError as error:
+    except (OSError, WorkFailed) as error:  # also after a minute of trying again
         return [*problems, f"{name}: cannot be read: {error}"]
     problems += [f"{name}: {p}" for p in wrong]
     if sha256 != task.shard.sha256:
@@ -96,7 +96,7 @@ def check_shard(task: ShardTask) -> list[str]:
 
 
 def _read_through(task: ShardTask) -> tuple[list[str], str]:
-    """What is wrong with the members, and the sha256. Raises DataError where remote storage fails: not the shard's."""
+    """What is wrong with the members, and the sha256. Raises DataError where remote storage fails, maybe for a moment."""
     try:
         with storage.open_read(task.url) as file:
             reader = _Hashing(file)
