@@ -34,8 +34,8 @@ def main() -> int:
         raise ConfigError("data.val is not set: an ablation compares scores of a validation set")
     waiting = [(t, preflight(t.settings)) for t in trials if not t.is_finished()]  # all are checked before one is trained
     for trial, prepared in waiting:
-        print(prepared.summary(trial.settings), flush=True)
-        train(trial.settings, recipe_text(trial.row.recipe), prepared)
+        print(prepared.summary(), flush=True)
+        train(recipe_text(trial.row.recipe), prepared)
     data = read_manifest(trials[0].settings.data.train)
     text = ablation.comparison(trials, len(data.classes))
     ablation.log(trials, text, data)
