@@ -96,4 +96,4 @@ def test_a_bucket_without_access(line: Line, monkeypatch: pytest.MonkeyPatch, tm
             monkeypatch.setenv(key, value)
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
         assert f"no access to {bucket}/train" in refusal(line, monkeypatch, f"data.train={bucket}/train")
-        assert f"cannot write to {bucket}/runs" in refusal(line, monkeypatch, f"storage.root={bucket}/runs")
+        assert f"no access to {bucket}/runs" in refusal(line, monkeypatch, f"storage.root={bucket}/runs")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -178,6 +179,8 @@ def _check(key: str, value: Any) -> Any:
             raise ConfigError(f"{key}={shown!r}: expected {words}")
     if key in ORDERED and value[0] > value[1]:
         raise ConfigError(f"{key}={shown!r}: the first is the least, the second the most")
+    if key == "run.name" and not re.fullmatch(r"[\w\- ][\w\-. ]*", value):
+        raise ConfigError(f"run.name={value!r}: letters, digits, '_', '-', '.' and spaces; it names a folder")
     if key == "data.classes" and not value:
         raise ConfigError("data.classes=[] leaves nothing to train on: name classes, or null for all")
     return value

@@ -17,7 +17,7 @@ from vswin_dist.tracking.run import tracking_uri
 from vswin_dist.training import identity
 from vswin_dist.training.optim import parameter_groups
 from vswin_dist.training.prepared import Prepared
-from vswin_dist.training.start import initial_weights, load, model_overrides
+from vswin_dist.training.start import initial_weights, load, model_overrides, pinned
 
 
 def preflight(s: Settings) -> Prepared:
@@ -47,10 +47,11 @@ def preflight(s: Settings) -> Prepared:
     plan = make_plan(train, s.data, s.run.seed, s.training.global_batch)
     with torch.device("meta"):
         model = models.build_model(s.model.name, num_classes=len(train.classes), **model_overrides(s))
+    resumes = identity.to_resume(s, root, train.fingerprint, plan.steps_per_epoch * s.training.epochs)
+    s = replace(s, model=replace(s.model, init=resumes.settings["model.init"] if resumes else pinned(s.model.init, uri)))
     report = ""
-    if s.model.init:
+    if s.model.init and not resumes:
         report = str(load(model, initial_weights(s.model.init, uri), s, dry_run=True))
     storage.check_writable(root)
-    resumes = identity.to_resume(s, root, train.fingerprint, plan.steps_per_epoch * s.training.epochs)
     groups = parameter_groups(model.named_parameters(), s.optim)
     return Prepared(s, uri, root, resumes, train, val, plan, accumulation, sum(g.elements for g in groups), groups, report)

@@ -21,12 +21,13 @@ import torch
 
 from vswin_dist import storage
 from vswin_dist.config import to_flat
-from vswin_dist.errors import PreflightError, WorkFailed
+from vswin_dist.errors import PreflightError, VswinError, WorkFailed
 from vswin_dist.evaluation.evaluate import Rank
 from vswin_dist.evaluation.metrics import Scores
 from vswin_dist.evaluation.score_model import Request, check, score_on_rank
 from vswin_dist.tracking import provenance, registry, run
 from vswin_dist.training import checkpoint, identity, loop
+from vswin_dist.training.failure import Failure
 from vswin_dist.training.optim import groups_table
 from vswin_dist.training.prepared import Prepared
 
@@ -92,7 +93,7 @@ def run_ranks(worker: Callable[[dict[str, Any]], None], config: dict[str, Any], 
     Raises:
         WorkFailed: a rank failed more often than allowed. KeyboardInterrupt: the job was stopped.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     path, filesystem = _ray_storage(storage.join(root, "ray"))
@@ -103,6 +104,7 @@ def run_ranks(worker: Callable[[dict[str, Any]], None], config: dict[str, Any], 
                                      resources_per_worker=each),
         torch_config=TorchConfig(backend=None, timeout_s=1800),
         run_config=RunConfig(name=f"{name}-{uuid.uuid4().hex[:8]}", storage_path=path, storage_filesystem=filesystem,
+                             checkpoint_config=CheckpointConfig(num_to_keep=1),
                              failure_config=FailureConfig(max_failures=resources.max_failures)))
     try:
         return dict(trainer.fit().metrics or {})
@@ -152,7 +154,15 @@ def train_worker(config: dict[str, Any]) -> None:
     """What Ray Train runs on every rank."""
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # two lines of it for every checkpoint and rank
     storage.use_s3_endpoint(config["settings"]["storage.s3_endpoint"])
-    loop.train(loop.Job(**config), this_rank(), report)
+    job = loop.Job(**config)
+    failure = Failure(job.root, job.submission)
+    if failure.exists():  # restarted after an error that another attempt would meet again
+        return
+    try:
+        loop.train(job, this_rank(), report)
+    except VswinError as error:
+        failure.write(error)
+        raise
 
 
 def train(recipe_text: str, prepared: Prepared) -> dict[str, Any]:
@@ -176,12 +186,16 @@ def _train(recipe_text: str, prepared: Prepared) -> dict[str, Any]:
     uri, root = prepared.tracking_uri, prepared.root
     run_id = run.open_run(uri, s.tracking.experiment, s.run.name, prepared.resumes.run_id if prepared.resumes else None)
     mine = identity.Identity(run_id, prepared.train.fingerprint, to_flat(s), finished=False, step=0)
-    identity.write_identity(root, mine)
-    lineage = record_start(recipe_text, prepared, run_id)
     checkpoints = storage.join(root, run_id)
-    job = loop.Job(to_flat(s), checkpoints, run_id, uri, lineage)
     try:
-        run_ranks(train_worker, vars(job), resources, s.run.name, root)
+        identity.write_identity(root, mine)
+        lineage = record_start(recipe_text, prepared, run_id)
+        begun = bool(checkpoint.list_checkpoints(checkpoints))  # then nothing is left of where it started from
+        settings = to_flat(s) | ({"model.init": None} if begun else {})
+        job = loop.Job(settings, checkpoints, run_id, uri, lineage, submission=uuid.uuid4().hex)
+        failure = Failure(checkpoints, job.submission)
+        with failure.told():
+            run_ranks(train_worker, vars(job), resources, s.run.name, root)
         best = checkpoint.best(checkpoint.list_checkpoints(checkpoints))
         assert best, "a training that ended has a checkpoint"
         name = s.tracking.register_as or s.run.name
@@ -201,10 +215,7 @@ def _train(recipe_text: str, prepared: Prepared) -> dict[str, Any]:
 def record_start(recipe_text: str, prepared: Prepared, run_id: str) -> dict[str, Any]:
     """Log everything that is known before the first step; returns the lineage that models of this run carry."""
     s = prepared.settings
-    start = s.model.init
-    if start and registry.is_reference(start):
-        start = registry.find_version(prepared.tracking_uri, start).uri
-    lineage = {"dataset_fingerprint": prepared.train.fingerprint, "initialised_from": start, "training_run": run_id,
+    lineage = {"dataset_fingerprint": prepared.train.fingerprint, "initialised_from": s.model.init, "training_run": run_id,
                "source_commit": provenance.source_version(Path(__file__).parents[2]), "recipe": s.recipe}
     datasets = [run.DatasetRecord(prepared.train.name, prepared.train.fingerprint, s.data.train, "training",
                                   prepared.train.counts)]

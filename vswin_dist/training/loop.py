@@ -44,6 +44,7 @@ class Job:
     run_id: str
     tracking_uri: str
     lineage: dict[str, Any] = field(default_factory=dict)
+    submission: str = ""  # another for each time that the driver starts the ranks
 
 
 Report = Callable[[dict[str, float], str | None], None]  # metrics, URL of the checkpoint

@@ -25,6 +25,11 @@ def model_overrides(s: Settings) -> dict[str, Any]:
         "gradient_checkpointing": s.model.gradient_checkpointing, "compile": s.model.compile}
 
 
+def pinned(init: str | None, uri: str) -> str | None:
+    """`init` with an alias replaced by the version that it means now: an alias may move while a training runs."""
+    return registry.find_version(uri, init).uri if init and registry.is_reference(init) else init
+
+
 def initial_weights(init: str, uri: str) -> str:
     """The file that `model.init` means: of a registered model in the store `uri`, or as it stands."""
     if not registry.is_reference(init):

@@ -39,6 +39,7 @@ def test_overrides_are_read_as_yaml() -> None:
     ("data.rand_augment_magnitude=31", "data.rand_augment_magnitude=31: expected from 0 to 30"),
     ("data.erasing=1.5", "data.erasing=1.5: expected from 0 to 1"),
     ("data.mixup=-1", "data.mixup=-1.0: expected 0 or more"),
+    ("run.name=../other", "run.name='../other': letters, digits"),
     ("nonsense", "'nonsense' is no setting: write key=value"),
     ("data.flip=1.5", "data.flip=1.5: expected from 0 to 1"),
     ("data.erasing=-0.1", "data.erasing=-0.1: expected from 0 to 1"),
