@@ -86,25 +86,30 @@ def clips_of(found: list[Video], count: int, s: DataSettings) -> list[tuple[Vide
 def measure(source: str, s: DataSettings, count: int, repeats: int, with_peers: bool) -> dict[str, Any]:
     """Processor seconds for one clip: what a core must do, whatever else the machine does; waits for storage are no part.
 
-    Every reader reads the same clips from the same bytes, taking turns at each clip; a figure is the mean over the clips
-    of the median of `repeats` rounds. It is of the fetch (a file, or a shard's member and its checksum; of the plain way
-    a sample from webdataset), of opening the video, decoding, crop and resize; libav's is of decoding alone.
+    Every reader reads the same clips from the same bytes, one after another as a loader does, and the readers take turns;
+    a figure is the mean over the clips of the median of `repeats` rounds. It is of the fetch (a file, or a shard's member
+    and its checksum; of the plain way a sample from webdataset), of opening the video, decoding, crop and resize;
+    libav's is of decoding alone.
     """
     plan = clips_of(videos(source), count, s)
+    taken = [(video.fetch(), clip) for video, clip in plan]
     found, missing = br.readers(with_peers)
+    runs: dict[str, Callable[[int], float]] = {"fetch": lambda n: _timed(plan[n][0].fetch)[1], **_stages(taken, s)}
+    runs |= {name: lambda n, reader=reader: _timed(reader(*taken[n]))[1] for name, reader in found.items()}  # type: ignore[misc]
     stream = br.webdataset_stream(source)
-    times: dict[str, list[list[float]]] = {name: [[] for _ in plan] for name in (*found, *STAGES)}
+    if stream and br.PLAIN in found:
+        runs["webdataset"] = lambda n: _timed(lambda: next(stream))[1]
+    times: dict[str, list[list[float]]] = {name: [[] for _ in plan] for name in runs}
     for turn in range(repeats + 1):
-        for number, (video, clip) in enumerate(plan):
-            data, fetched = _timed(video.fetch)
-            spent = {name: fetched + _timed(reader(data, clip))[1] for name, reader in found.items()}
-            spent[br.LIMIT] -= fetched
-            if stream and br.PLAIN in spent:
-                spent[br.PLAIN] += _timed(lambda: next(stream))[1] - fetched
-            spent |= {"fetch": fetched, **_stages(data, clip, s)}
-            for name, seconds in spent.items() if turn else ():  # the first turn warms up
-                times[name][number].append(seconds)
+        for name, run in runs.items():
+            for number in range(count):
+                seconds = run(number)
+                if turn:  # the first turn warms up
+                    times[name][number].append(seconds)
     mean = {name: float(np.mean([median(runs) for runs in rows])) for name, rows in times.items()}
+    for name in found:
+        if name != br.LIMIT:
+            mean[name] += mean["webdataset" if name == br.PLAIN and "webdataset" in mean else "fetch"]
     ours = mean[next(name for name, form in br.OURS.items() if form == s.pixel_format)]
     mean["convert"] = max(ours - mean["fetch"] - mean["decode"], 0.0)
     return {"source": source, "clips": count, "repeats": repeats, "readers_s": {name: mean[name] for name in found},
@@ -117,14 +122,15 @@ def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
     return made, time.process_time() - began
 
 
-def _stages(data: bytes, clip: br.Clip, s: DataSettings) -> dict[str, float]:
-    """Seconds of the parts of our way that are not told apart by reading alone."""
-    made = br.ours(data, clip, s.pixel_format)()
-    batch, collate = _timed(lambda: torch.cat([made] * 4))
+def _stages(taken: list[tuple[bytes, br.Clip]], s: DataSettings) -> dict[str, Callable[[int], float]]:
+    """Stage -> the seconds of it that clip number n takes, for the stages that reading alone does not tell apart."""
+    made = br.ours(*taken[0], s.pixel_format)()
     strong = replace(s, rand_augment_ops=4, rand_augment_magnitude=7, erasing=0.25)  # the published recipe of SSv2
-    return {"decode": _timed(lambda: br.frames_alone(data, clip))[1], "convert": 0.0, "collate": collate / 4,
-            "augment": _timed(lambda: augment(to_rgb(made)[0], strong, np.random.default_rng(clip.frames)))[1],
-            "normalise": _timed(lambda: normalise(batch[:1], s.mean, s.std, torch.bfloat16))[1]}
+    rgb = to_rgb(made)[0]
+    return {"decode": lambda n: _timed(lambda: br.frames_alone(*taken[n]))[1],
+            "augment": lambda n: _timed(lambda: augment(rgb, strong, np.random.default_rng(n)))[1],
+            "collate": lambda n: _timed(lambda: torch.cat([made] * 4))[1] / 4,
+            "normalise": lambda n: _timed(lambda: normalise(made, s.mean, s.std, torch.bfloat16))[1]}
 
 
 def consume(url: str, s: DataSettings, clips: int, rate: float | None) -> tuple[float, float]:
