@@ -27,6 +27,14 @@ def marked_processes(mark: str) -> list[psutil.Process]:
     return found
 
 
+def is_own_helper(process: psutil.Process) -> bool:
+    """True for multiprocessing's forkserver and resource tracker of this process, which end with it."""
+    with contextlib.suppress(psutil.Error):
+        line = " ".join(process.cmdline())
+        return process.ppid() == os.getpid() and ("multiprocessing.forkserver" in line or "resource_tracker" in line)
+    return False
+
+
 def places() -> dict[Path, set[str]]:
     """What stands in the folders that a careless test would write into; of /tmp, what Ray and this project put there."""
     found = {folder: set(os.listdir(folder)) - CACHES for folder in (REPOSITORY, Path.home())}
@@ -43,8 +51,7 @@ def nothing_is_left() -> Iterator[None]:
         os.environ["RAY_TMPDIR"] = str(ray_folder)
         yield
     end = time.monotonic() + 20
-    while (left := [p for p in marked_processes(mark) if "multiprocessing" not in " ".join(p.cmdline())]) and \
-            time.monotonic() < end:
+    while (left := [p for p in marked_processes(mark) if not is_own_helper(p)]) and time.monotonic() < end:
         time.sleep(0.2)
     assert not left, f"tests left processes: {left}"
     written = {str(folder): new for folder, names in places().items() if (new := names - before[folder])}

@@ -38,8 +38,10 @@ def home() -> Path:
 
 
 def cache_home() -> Path:
-    """Where a node keeps copies of shards on its own disk: ``VSWIN_CACHE``, else ``vswin-cache`` in the temporary folder."""
-    return Path(os.environ.get("VSWIN_CACHE") or Path(tempfile.gettempdir()) / "vswin-cache").expanduser().absolute()
+    """Where a node keeps copies of shards on its own disk: ``VSWIN_CACHE``, else this user's ``vswin-cache-UID`` in the
+    temporary folder."""
+    own = Path(tempfile.gettempdir()) / f"vswin-cache-{os.getuid()}"
+    return Path(os.environ.get("VSWIN_CACHE") or own).expanduser().absolute()
 
 
 def environment() -> dict[str, str]:

@@ -1,9 +1,14 @@
-"""A way to an HTTP server as it is in bad hours: late, answering with errors, cutting, shortening and flipping bytes."""
+"""A way to an HTTP server as it is in bad hours: late, answering with errors, cutting, shortening and flipping bytes.
+
+``python -m tests.support.bad_network SERVER_PORT PORT DELAY_S`` leads PORT to SERVER_PORT, each answer late, until it is
+interrupted.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -53,9 +58,11 @@ def _serve(client: socket.socket, port: int, delay_s: float, fault: Callable[[st
 
 
 @contextlib.contextmanager
-def bad_network(port: int, delay_s: float = 0.0, fault: Callable[[str], Fault | None] = lambda _: None) -> Iterator[int]:
-    """A port that leads to `port` of this machine; `fault` says what becomes of the answer to a request line."""
-    listener = socket.create_server(("127.0.0.1", 0))
+def bad_network(port: int, delay_s: float = 0.0, fault: Callable[[str], Fault | None] = lambda _: None,
+                own_port: int = 0) -> Iterator[int]:
+    """A port (`own_port`, or a free one) that leads to `port` of this machine; `fault` says what becomes of the answer to
+    a request line."""
+    listener = socket.create_server(("127.0.0.1", own_port))
 
     def accept() -> None:
         while True:
@@ -71,3 +78,10 @@ def bad_network(port: int, delay_s: float = 0.0, fault: Callable[[str], Fault | 
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt), \
+            bad_network(int(sys.argv[1]), float(sys.argv[3]), own_port=int(sys.argv[2])) as listening:
+        print(f"127.0.0.1:{listening} leads to port {sys.argv[1]}", flush=True)
+        threading.Event().wait()

@@ -194,3 +194,5 @@ def _check_together(s: Settings) -> None:
     if s.model.compile and s.training.zero_stage == 3:
         raise ConfigError("model.compile=true with training.zero_stage=3: the graph cannot hold weights that come and go; "
                           "take stage 2 or model.compile=false")
+    if s.data.pixel_format == "yuv" and s.data.size % 2:
+        raise ConfigError(f"data.pixel_format=yuv needs an even data.size, not {s.data.size}: chroma planes have half of it")

@@ -43,7 +43,7 @@ class DataSettings:
     frames: int = 32  # of a clip
     stride: int = 2  # frames from one to the next (dense)
     size: int = 224  # pixels of the square crop
-    short_side: int = 256  # a training frame's short side before the crop
+    short_side: int = 256  # of a test frame cut to one crop: `size` of so many pixels; training and several crops do without
     crop_scale: tuple[float, ...] = (0.08, 1.0)  # share of the frame's area that a training crop takes
     crop_ratio: tuple[float, ...] = (0.75, 1.3333)  # width / height of a training crop
     flip: float = 0.5  # probability of a horizontal flip in training
@@ -54,7 +54,7 @@ class DataSettings:
     mixup: float = 0.0  # alpha of the Beta distribution; 0: none
     cutmix: float = 0.0  # alpha of the Beta distribution; 0: none. With mixup, each pair takes one or the other
     subset: float = 1.0  # share of the training samples that is used, the same in every epoch
-    classes: tuple[str, ...] | None = None  # train on these classes of the set alone; None: all
+    classes: tuple[str, ...] | None = None  # train and validate on these classes of the sets alone; None: all
     balance: str = "none"  # none: each sample once an epoch | class: classes equally often
     repeats: int = 1  # repeated augmentation: times that each sample stands in its global batch
     mean: tuple[float, ...] = (123.675, 116.28, 103.53)  # of RGB in 0..255, subtracted

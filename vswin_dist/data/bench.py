@@ -2,6 +2,14 @@
 
 ``python jobs/benchmark.py loader SOURCE ...``: each source is a folder of videos with index.csv (first column: the
 path) or the URL of shards. Prints tables, then one JSON. See `measure` for what the figures are.
+
+``--against URL`` compares the first pass over the one source with that over the same shards elsewhere, for instance over
+S3 with 50 ms to each answer (SHARDS stands below FOLDER/bucket; two terminals, or ``&``)::
+
+    rclone serve s3 --addr 127.0.0.1:9000 --auth-key key,secret FOLDER
+    python -m tests.support.bad_network 9000 9001 0.05
+    AWS_ACCESS_KEY_ID=key AWS_SECRET_ACCESS_KEY=secret AWS_ENDPOINT_URL_S3=http://127.0.0.1:9001 python \\
+        jobs/benchmark.py loader FOLDER/bucket/SHARDS --against s3://bucket/SHARDS --workers 2
 """
 
 from __future__ import annotations
@@ -34,7 +42,7 @@ from vswin_dist.data.fetch import Members
 from vswin_dist.data.loader import TrainLoader
 from vswin_dist.data.plan import Plan
 from vswin_dist.data.transforms import normalise, to_rgb
-from vswin_dist.errors import DataError
+from vswin_dist.errors import ConfigError, DataError
 from vswin_dist.manifest import read_manifest
 
 STAGES = ("fetch", "decode", "convert", "augment", "collate", "normalise")
@@ -195,6 +203,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=0, help="measure also so many processes, on shards")
     parser.add_argument("--rate", type=float, help="clips/s that the consumer takes; else 80%% of what it could have")
     parser.add_argument("--memory-epochs", type=int, default=0, help="measure memory over so many epochs, on shards")
+    parser.add_argument("--against", metavar="URL", help="compare the first pass with that over the same shards there")
+    parser.add_argument("--batch", type=int, default=8, help="clips in a batch of --against and --memory-epochs")
     parser.add_argument("--plan", type=int, nargs=2, default=(300_000, 4096), metavar=("SAMPLES", "RANKS"))
     parser.add_argument("--gpus", type=int, default=0, help="of a node, to be kept fed")
     parser.add_argument("--clips-per-gpu", type=float, default=0.0, help="clips/s that each of them takes")
@@ -202,6 +212,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     s = DataSettings(train="", sampling="dense", frames=args.frames, stride=args.stride, size=args.size,
                      pixel_format=args.pixel_format, workers=args.workers)
+    if args.against:
+        return _against(replace(s, train=args.sources[0]), args)
     results = _on_one_core(lambda: [measure(x, s, args.clips, args.repeats, not args.no_peers) for x in args.sources])
     for result in results:
         print(table(result), end="\n\n")
@@ -221,6 +233,17 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _against(data: DataSettings, args: argparse.Namespace) -> int:
+    """First passes over the one source and over ``--against``, printed."""
+    if len(args.sources) != 1:
+        raise ConfigError(f"--against compares with one source, not {len(args.sources)}")
+    passes = costs.cold_passes(data, args.against, args.batch, args.repeats)
+    print(f"{data.train} (here), {args.against} (there), {data.workers} processes, batches of {args.batch}\n{passes}")
+    print(json.dumps({"source": data.train, "against": args.against, "workers": data.workers, "batch": args.batch,
+                      "ratio": passes.ratio, **asdict(passes)}))
+    return 0
+
+
 def _in_all(url: str, s: DataSettings, args: argparse.Namespace) -> dict[str, Any]:
     """What the loader does with processes, printed: rate, wait share, the first batch, memory."""
     most, _ = consume(url, s, args.clips * 8, None)
@@ -234,7 +257,7 @@ def _in_all(url: str, s: DataSettings, args: argparse.Namespace) -> dict[str, An
     found = {"workers": s.workers, "clips_per_s": most, "consumer_rate": rate, "taken_per_s": taken, "wait_share": share,
              "first_batch_s": first, "late_batch_s": late}
     if args.memory_epochs:
-        slope = costs.memory_slope(data, min(4, len(read_manifest(url).samples)), args.memory_epochs)
+        slope = costs.memory_slope(data, min(args.batch, len(read_manifest(url).samples)), args.memory_epochs)
         print(slope)
         found |= asdict(slope)
     return found

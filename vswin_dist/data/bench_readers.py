@@ -150,7 +150,7 @@ def libav(data: bytes, clip: Clip) -> Callable[[], int]:
     stream.codec_context.thread_count = 1
     packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
     times = sorted(p.pts for p in packets)
-    spans = decode._spans(packets, {times[i] for i in clip.view.indices.tolist()})
+    spans = decode.spans(packets, {times[i] for i in clip.view.indices.tolist()})
 
     def run() -> int:
         count, decoder = 0, container.streams.video[0].codec_context

@@ -1,15 +1,16 @@
 """Copies of whole shards on a node's own disk, shared by every process of the node, within a bound.
 
 ``FOLDER/FINGERPRINT/SHA256.tar`` is a whole shard whose sha256 was checked; while it arrives it is a ``.part`` that
-its writer holds locked, and of its final length from the start, so that what is written and what will be can be
-added up. A set in use is never evicted: reads come in random order, so that dropping one of its shards for another
-would move bytes and gain nothing. What does not fit is read by offset from the storage. Locks are flocks, which end
-with their process.
+its writer holds locked, and has its final length and disk blocks from the start, so that what is written and what will
+be can be added up. A set in use is never evicted: reads come in random order, so that dropping one of its shards for another
+would move bytes and gain nothing. What does not fit is read by offset from the storage, as is everything where the
+folder is of no use. Locks are flocks, which end with their process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -24,6 +25,21 @@ from vswin_dist.errors import DataError
 from vswin_dist.manifest import Shard
 
 IN_USE = "in-use"  # held shared by each process that reads the set
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class NoRoom(DataError):
+    """The bound is reached, or the disk is full: no further shard is kept."""
+
+
+def open_cache(folder: Path, bound: int, fingerprint: str) -> ShardCache | None:
+    """The cache, or None and a line that says why where `folder` cannot be used: a copy only saves requests."""
+    try:
+        return ShardCache(folder, bound, fingerprint)
+    except OSError as error:
+        print(f"no shards are kept on this node, samples are read by offset: {error}. Point VSWIN_CACHE to a folder that "
+              "can be written, or give data.cache_gb=0", flush=True)
+        return None
 
 
 class ShardCache:
@@ -32,6 +48,9 @@ class ShardCache:
     Args:
         bound: bytes that all sets in `folder` may take together.
         fingerprint: of the manifest whose shards are read.
+
+    Raises:
+        OSError: `folder` cannot be used.
     """
 
     def __init__(self, folder: Path, bound: int, fingerprint: str) -> None:
@@ -43,18 +62,19 @@ class ShardCache:
         self._wanted: queue.SimpleQueue[tuple[Shard, str] | None] = queue.SimpleQueue()
         self._asked: set[str] = set()
         self._stopped = threading.Event()
+        self._full = False
         self._thread: threading.Thread | None = None
 
     def read(self, shard: Shard, offset: int, size: int) -> bytes | None:
-        """`size` bytes of `shard` from `offset`, or None where there is no copy."""
+        """`size` bytes of `shard` from `offset`, or None where there is no copy, or none that can be read."""
         try:
             file = os.open(self._path(shard), os.O_RDONLY)
-        except FileNotFoundError:
+            try:
+                return os.pread(file, size, offset)
+            finally:
+                os.close(file)
+        except OSError:
             return None
-        try:
-            return os.pread(file, size, offset)
-        finally:
-            os.close(file)
 
     def want(self, shard: Shard, url: str) -> None:
         """Have `shard` copied in the background, once; returns at once."""
@@ -68,8 +88,9 @@ class ShardCache:
 
     def discard(self, shard: Shard) -> None:
         """Remove the copy of `shard`, which has gone bad, so that it is fetched again."""
-        self._path(shard).unlink(missing_ok=True)
-        self._asked.discard(shard.sha256)
+        with contextlib.suppress(OSError):
+            self._path(shard).unlink()
+            self._asked.discard(shard.sha256)
 
     def close(self) -> None:
         """Stop copying; the set is no longer in use by this process."""
@@ -88,6 +109,10 @@ class ShardCache:
             try:
                 if not self.fill(shard, url):
                     self._asked.discard(shard.sha256)
+            except NoRoom as error:  # expected where the bound is below the set: told once
+                if not self._full:
+                    print(f"shards are kept on this node as far as there is room: {error}", flush=True)
+                self._full = True
             except (DataError, OSError) as error:  # reading by offset goes on, and says what is wrong with the shard
                 print(f"shard not kept on this node: {url}: {error}", flush=True)
 
@@ -95,10 +120,17 @@ class ShardCache:
         """Copy `shard` from `url`; False where another process is at it, or `close` was called.
 
         Raises:
-            FileNotFoundError: `url` is absent. DataError: it cannot be read, or stays another than the manifest's; there
-                is no room within the bound.
+            FileNotFoundError: `url` is absent. DataError: it cannot be read, or stays another than the manifest's. NoRoom:
+                there is none within the bound, or on the disk; known at once, and not tried again.
         """
-        return storage.with_retry(lambda: self._fill(shard, url), url)
+        def attempt() -> bool:
+            try:
+                return self._fill(shard, url)
+            except OSError as error:
+                if error.errno in FULL:
+                    raise NoRoom(f"the disk of {self.folder} has no room for its {shard.bytes} bytes") from error
+                raise
+        return storage.with_retry(attempt, url)
 
     def _fill(self, shard: Shard, url: str) -> bool:
         with self._part(shard) as part:
@@ -148,8 +180,9 @@ class ShardCache:
             if over > 0:
                 over -= self._evict(over)
             if over > 0:
-                raise DataError(f"data.cache_gb={self.bound / 1e9:g} has no room for its {shard.bytes} bytes")
+                raise NoRoom(f"data.cache_gb={self.bound / 1e9:g} has no room for its {shard.bytes} bytes")
             part.truncate(shard.bytes)
+            _allocate(part, shard.bytes)
 
     def _evict(self, wanted: int) -> int:
         """Remove shards of sets that no process uses, least recently used first; the bytes that became free."""
@@ -165,6 +198,17 @@ class ShardCache:
                         path.unlink()
                         freed += size
         return freed
+
+
+def _allocate(file: IO[bytes], size: int) -> None:
+    """Take the disk blocks of `size` bytes, so that a full disk is known before they are fetched; where it can be done."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # what file systems say that cannot
+            raise
 
 
 def _sizes(folder: Path) -> dict[Path, int]:

@@ -167,7 +167,7 @@ def _by_packets(data: bytes, wanted: list[int], frames: int) -> Iterator[tuple[i
         # By the standard nothing refers to such a frame in h264; elsewhere the decoders' notion is less strict.
         skips = stream.codec_context.name == "h264"
         try:
-            for start, stop in _spans(packets, number):
+            for start, stop in spans(packets, number):
                 yield from _decode(stream.codec_context, packets[start:stop], number, skips)
         except av.FFmpegError:
             return
@@ -195,7 +195,7 @@ def _packets(container: av.container.InputContainer, stream: Any, last: int, fra
     return packets if len(packets) == frames else []
 
 
-def _spans(packets: list[Any], wanted: Collection[int]) -> list[tuple[int, int]]:
+def spans(packets: list[Any], wanted: Collection[int]) -> list[tuple[int, int]]:
     """The parts of `packets` (in decoding order) to be decoded for the frames at the times `wanted`."""
     keys = sorted((p.pts, place) for place, p in enumerate(packets) if p.is_keyframe)
     key_times = [time for time, _ in keys]

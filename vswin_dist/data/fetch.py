@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from vswin_dist import storage
-from vswin_dist.data.cache import ShardCache
+from vswin_dist.data.cache import open_cache
 from vswin_dist.errors import DataError
 from vswin_dist.manifest import Manifest, shard_url
 
@@ -33,7 +33,7 @@ class Members:
 
     def __init__(self, manifest: Manifest, base: str, cache_gb: float = 0.0) -> None:
         self.manifest, self.base = manifest, base
-        self.cache = ShardCache(storage.cache_home(), int(cache_gb * 1e9), manifest.fingerprint) if cache_gb else None
+        self.cache = open_cache(storage.cache_home(), int(cache_gb * 1e9), manifest.fingerprint) if cache_gb else None
 
     def read(self, index: int) -> bytes:
         """The bytes of sample `index`'s video, checked by length and crc32; a mismatch is tried again as a fault of the

@@ -9,7 +9,9 @@ on (seed, epoch, sample, copy) alone.
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -91,6 +93,7 @@ class _Stream(IterableDataset[Any], Generic[T]):
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         if worker:
+            threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
             os.environ.update(self.environment)
         first, every = (worker.id, worker.num_workers) if worker else (0, 1)
         mine = itertools.islice(self.batches(), first, None, every)
@@ -194,6 +197,17 @@ class _ViewStream(_Stream[int]):
         labels = [self.manifest.samples[i].class_id for i in indices]
         return {"views": torch.stack(views) if views else torch.empty(0), "missing": missing,
                 "labels": torch.tensor(labels, dtype=torch.int64), "indices": torch.tensor(indices, dtype=torch.int64)}
+
+
+def _end_with_parent() -> None:
+    """End this worker process when the rank that started it is gone, however it ended.
+
+    torch watches the process that forked this one: the forkserver, which itself lives as long as any worker does.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -9,13 +9,14 @@ import statistics
 import time
 import tracemalloc
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 
 from vswin_dist.config.schema import DataSettings
 from vswin_dist.data.loader import Batch, TrainLoader
 from vswin_dist.data.plan import Plan, make_plan
+from vswin_dist.errors import DataError
 from vswin_dist.manifest import read_manifest
 
 MB = 1e6
@@ -89,6 +90,40 @@ def clips_per_second(data: DataSettings, batch: int, epochs: int = 1) -> list[fl
             next(batches)
         rates.append(wanted * batch / (time.perf_counter() - began))
     return rates
+
+
+@dataclass(frozen=True)
+class ColdPasses:
+    """Clips per second of first passes over the same shards in two places, in turns."""
+
+    here: list[float]
+    there: list[float]
+
+    @property
+    def ratio(self) -> float:
+        """`there` as a share of `here`, of the medians."""
+        return statistics.median(self.there) / statistics.median(self.here)
+
+    def __str__(self) -> str:
+        here, there = (f"{statistics.median(r):.1f} ({min(r):.1f} to {max(r):.1f})" for r in (self.here, self.there))
+        return f"first pass: {here} clips/s here, {there} there: {self.ratio:.3f} of it"
+
+
+def cold_passes(data: DataSettings, other: str, batch: int, turns: int) -> ColdPasses:
+    """First passes over the shards `data.train` and those at `other`, `turns` each; no copies of shards are kept.
+
+    Raises:
+        DataError: the two hold different sets.
+    """
+    prints = [read_manifest(url).fingerprint for url in (data.train, other)]
+    if prints[0] != prints[1]:
+        raise DataError(f"{data.train} holds the set {prints[0]}, {other} the set {prints[1]}: compare places of the "
+                        "same one")
+    found: dict[str, list[float]] = {data.train: [], other: []}
+    for _ in range(turns):
+        for url, rates in found.items():
+            rates += clips_per_second(replace(data, train=url, cache_gb=0.0), batch)
+    return ColdPasses(*found.values())
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from vswin_dist.config.schema import DataSettings
 from vswin_dist.errors import ConfigError, nearest
-from vswin_dist.manifest import Manifest
+from vswin_dist.manifest import Manifest, read_manifest
 
 Indices = NDArray[np.int64]
 
@@ -120,6 +120,17 @@ class Plan:
         samples, copies = (a[part] for a in _order(self, epoch))
         return Slice(epoch, *self._repeat(samples, copies))
 
+    def videos_read(self, steps: int, enough: float) -> int:
+        """How many samples, each counted once, the first `steps` steps take; counts no further epoch once it is `enough`."""
+        seen, found = np.zeros(self.num_samples, dtype=bool), 0
+        for first in range(0, steps, self.steps_per_epoch):
+            within = min(steps - first, self.steps_per_epoch)
+            seen[self.order(first // self.steps_per_epoch)[:within * self.distinct]] = True
+            found = int(seen.sum())
+            if found >= min(enough, self.epoch_samples):
+                break
+        return found
+
     def any_sample(self, rng: np.random.Generator) -> int:
         """One of the samples that the plan uses, as `rng` says."""
         number = int(rng.integers(self.epoch_samples))
@@ -169,6 +180,23 @@ def make_plan(manifest: Manifest, data: DataSettings, seed: int, global_batch: i
     pool = choose(labels, data.subset, wanted, manifest.fingerprint, seed)
     return Plan(manifest.fingerprint, len(labels), seed, global_batch, data.repeats, pool,
                 labels if data.balance == "class" else None)
+
+
+def validation_set(data: DataSettings) -> Manifest | None:
+    """The manifest of the set that `data` validates on, with the samples of `data.classes` alone; None: there is none.
+
+    Raises:
+        ConfigError: it has no sample of these classes. DataError: it cannot be read.
+    """
+    if not data.val:
+        return None
+    manifest = read_manifest(data.val)
+    if data.classes is None:
+        return manifest
+    kept = [s for s in manifest.samples if manifest.classes[s.class_id] in data.classes]
+    if not kept:
+        raise ConfigError(f"the validation set {data.val} has no video of data.classes={list(data.classes)}")
+    return replace(manifest, samples=kept)
 
 
 def choose(labels: Indices, share: float, classes: Indices | None, fingerprint: str, seed: int) -> Indices | None:

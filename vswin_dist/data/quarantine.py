@@ -6,6 +6,7 @@ Every rank holds the same ledger, merged from what all of them met; one rank wri
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
@@ -107,9 +108,12 @@ class Ledger:
             DataError: they are more than `share` of them (``data.max_bad_samples``), and more than ALWAYS_ALLOWED.
         """
         steps = max(steps, *(e.last_step + 1 for e in self.entries.values()), 0)
-        read = min(steps * plan.distinct, plan.epoch_samples)
-        if len(self.entries) > max(ALWAYS_ALLOWED, share * read):
+        bad = len(self.entries)
+        if bad <= ALWAYS_ALLOWED:
+            return
+        read = plan.videos_read(steps, enough=bad / share if share else math.inf)
+        if bad > share * read:
             last = max(self.entries.values(), key=lambda e: e.last_step)
             raise DataError(
-                f"{len(self.entries)} of the first {read} videos do not decode, more than data.max_bad_samples={share:g} "
+                f"{bad} of the first {read} videos do not decode, more than data.max_bad_samples={share:g} "
                 f"allows ({ALWAYS_ALLOWED} always are). {self.url} names them; the last is {last.key!r}: {last.reason}")

@@ -10,7 +10,7 @@ import torch
 from vswin_dist import models, storage
 from vswin_dist.config import Settings
 from vswin_dist.data.mixing import check_pairs
-from vswin_dist.data.plan import check_batch, make_plan
+from vswin_dist.data.plan import check_batch, make_plan, validation_set
 from vswin_dist.data.sampling import resolve
 from vswin_dist.manifest import check_same_classes, check_shard_sizes, read_manifest
 from vswin_dist.tracking.run import tracking_uri
@@ -37,9 +37,8 @@ def preflight(s: Settings) -> Prepared:
     if warning:
         print(warning, file=sys.stderr, flush=True)
     s = replace(s, data=data)
-    val = None
-    if s.data.val:
-        val = read_manifest(s.data.val)
+    val = validation_set(s.data)
+    if val and s.data.val:
         check_same_classes(train.classes, val.classes, f"the validation set {s.data.val}")
         check_shard_sizes(val, s.data.val)
     accumulation = check_batch(s.training.global_batch, s.training.workers, s.training.micro_batch)

@@ -26,6 +26,7 @@ from vswin_dist.tracking.registry import MODEL_FILES
 
 MODEL, CARD = MODEL_FILES
 OPTIMIZER, COMMIT = "optimizer.safetensors", "checkpoint.json"
+STEP, SCRATCH = "step-", "vswin-checkpoint-"  # how the names below a root begin
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ def _sha256(path: Path) -> str:
 def save(root: str, position: Position, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor],
          card: ModelCard) -> str:
     """Write the checkpoint of `position` below `root`; called by one rank. Returns its URL."""
-    url = storage.join(root, f"step-{position.step:08d}")
+    url = storage.join(root, f"{STEP}{position.step:08d}")
     files = {}
-    with tempfile.TemporaryDirectory(prefix="vswin-checkpoint-", dir=_scratch(root)) as folder:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=_scratch(root)) as folder:
         for name in (MODEL, OPTIMIZER, CARD):
             local = Path(folder) / name
             if name == CARD:
@@ -102,17 +103,29 @@ def read_position(url: str) -> Position:
         raise CheckpointError(f"{url}/{COMMIT} cannot be read: {error}") from error
 
 
-def list_checkpoints(root: str) -> list[Found]:
-    """All whole checkpoints below `root`, oldest first; folders without a commit file are passed over."""
+def list_checkpoints(root: str, tell: bool = True) -> list[Found]:
+    """All whole checkpoints below `root`, oldest first; others are passed over, and with `tell` a line says why."""
     found = []
     for name in storage.list_names(root):
-        if name.startswith("step-"):
+        if name.startswith(STEP):
             url = storage.join(root, name)
             try:
                 found.append(Found(url, read_position(url)))
             except CheckpointError as error:
-                print(f"passed over: {error}", flush=True)
+                if tell:
+                    print(f"passed over: {error}", flush=True)
     return sorted(found, key=lambda f: f.position.step)
+
+
+def clean(root: str) -> None:
+    """Remove what a killed `save` or `prune` has left below `root`; for one rank, before anything is saved there.
+
+    A committed checkpoint stays, damaged or not.
+    """
+    for name in storage.list_names(root):
+        url = storage.join(root, name)
+        if name.startswith(SCRATCH) or (name.startswith(STEP) and not storage.exists(storage.join(url, COMMIT))):
+            storage.remove(url, recursive=True)
 
 
 def load_tensors(url: str, name: str) -> dict[str, Tensor]:
@@ -122,7 +135,7 @@ def load_tensors(url: str, name: str) -> dict[str, Tensor]:
         CheckpointError: the content is not what was written.
     """
     body = json.loads(storage.read_bytes(storage.join(url, COMMIT)))
-    with tempfile.TemporaryDirectory(prefix="vswin-checkpoint-") as folder:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH) as folder:
         local = Path(folder) / name
         storage.get_file(storage.join(url, name), local)
         if (sha256 := _sha256(local)) != body["files"][name]["sha256"]:
@@ -141,7 +154,7 @@ def best(found: list[Found]) -> Found | None:
 
 def prune(root: str, keep: int) -> None:
     """Remove all but the `keep` newest checkpoints and the best."""
-    found = list_checkpoints(root)
+    found = list_checkpoints(root, tell=False)
     kept = {f.url for f in found[-keep:]} | {f.url for f in [best(found)] if f}
     for f in found:
         if f.url not in kept:

@@ -18,7 +18,7 @@ from vswin_dist.config import Settings, from_flat
 from vswin_dist.data.augment import augment_draws
 from vswin_dist.data.loader import Batch, TrainLoader
 from vswin_dist.data.mixing import cross_entropy, mix
-from vswin_dist.data.plan import Plan, make_plan
+from vswin_dist.data.plan import Plan, make_plan, validation_set
 from vswin_dist.data.quarantine import Bad, Ledger
 from vswin_dist.data.transforms import normalise, to_rgb
 from vswin_dist.evaluation.evaluate import Rank, Views, evaluate
@@ -54,7 +54,7 @@ def train(job: Job, rank: Rank, report: Report) -> None:
     """Train from the last checkpoint of `job` (or its start) to its end; called on every rank."""
     s = from_flat(job.settings)
     manifest = read_manifest(s.data.train)
-    val = read_manifest(s.data.val) if s.data.val else None
+    val = validation_set(s.data)
     plan = make_plan(manifest, s.data, s.run.seed, s.training.global_batch)
     total = plan.steps_per_epoch * s.training.epochs
     last = min(total, s.training.max_steps or total)
@@ -65,7 +65,7 @@ def train(job: Job, rank: Rank, report: Report) -> None:
     model, _ = initial_model(s, len(manifest.classes), job.tracking_uri)
     engine = Engine(model, parameter_groups(model.named_parameters(), s.optim), s.training, s.optim, accumulation,
                     rank.device)
-    start = restore(engine, loader, job.root)
+    start = restore(engine, loader, job.root, rank)
     ledger = Ledger(job.root, manifest, s.data.train)
     ledger.load()
     ledger.check(plan, start, s.data.max_bad_samples)
@@ -239,14 +239,24 @@ def save(engine: Engine, job: Job, s: Settings, manifest: Manifest, loader: Trai
     return url
 
 
-def restore(engine: Engine, loader: TrainLoader, root: str) -> int:
-    """Load the newest checkpoint below `root` into engine and loader; returns the steps done (0: there is none)."""
-    found = checkpoint.list_checkpoints(root)
-    if not found:
+def restore(engine: Engine, loader: TrainLoader, root: str, rank: Rank) -> int:
+    """Load the newest checkpoint below `root` into engine and loader; returns the steps done (0: there is none).
+
+    Rank 0 removes what a killed save has left, and chooses for all ranks: they may see a listing at different times.
+    """
+    newest: list[str | None] = [None]
+    if rank.rank == 0:
+        checkpoint.clean(root)
+        newest = [f.url for f in checkpoint.list_checkpoints(root)][-1:] or newest
+    if rank.world > 1:
+        dist.broadcast_object_list(newest, src=0)
+    url = newest[0]
+    if url is None:
         return 0
-    newest = found[-1]
-    engine.load_weights(checkpoint.load_tensors(newest.url, checkpoint.MODEL))
-    engine.load_moments(checkpoint.load_tensors(newest.url, checkpoint.OPTIMIZER), newest.position.step)
-    loader.load_state_dict(newest.position.data)
-    print(f"resumed from {newest.url}", flush=True)
-    return newest.position.step
+    position = checkpoint.read_position(url)
+    engine.load_weights(checkpoint.load_tensors(url, checkpoint.MODEL))
+    engine.load_moments(checkpoint.load_tensors(url, checkpoint.OPTIMIZER), position.step)
+    loader.load_state_dict(position.data)
+    if rank.rank == 0:
+        print(f"resumed from {url}", flush=True)
+    return position.step

@@ -85,6 +85,13 @@ def test_a_compiled_model_needs_its_weights_whole() -> None:
         load_settings("demo", ["data.train=x", "model.compile=true", "training.zero_stage=3"])
 
 
+def test_planes_need_an_even_size() -> None:
+    odd = ["data.train=x", "data.size=33"]
+    assert load_settings("demo", [*odd, "data.pixel_format=rgb"]).data.size == 33
+    with pytest.raises(ConfigError, match=r"data\.pixel_format=yuv needs an even data\.size, not 33"):
+        load_settings("demo", [*odd, "data.pixel_format=yuv"])
+
+
 def test_what_has_no_default_must_be_given() -> None:
     with pytest.raises(ConfigError, match=r"data\.train is not set"):
         load_settings("demo")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from vswin_dist import storage
-from vswin_dist.data.cache import ShardCache
+from vswin_dist.data.cache import NoRoom, ShardCache, open_cache
 from vswin_dist.errors import DataError
 from vswin_dist.manifest import Shard
 
@@ -74,6 +75,58 @@ def test_the_bound_holds_and_a_set_in_use_stays(tmp_path: Path) -> None:
     assert second.fill(fourth, fourth_url)
     assert len(held(folder)) == 3 and len(list((folder / "second").glob("*.tar"))) == 2
     second.close()
+
+
+def test_no_room_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    wanted = shards(tmp_path, 4)
+    cache = ShardCache(tmp_path / "cache", SIZE, "set")
+    for shard, url in wanted:
+        cache.want(shard, url)
+    end = time.monotonic() + 20
+    while not cache._wanted.empty() and time.monotonic() < end:
+        time.sleep(0.01)
+    cache.close()
+    assert held(tmp_path / "cache") == [SIZE]
+    assert capfd.readouterr().out.splitlines() == [
+        "shards are kept on this node as far as there is room: data.cache_gb=0.0001 has no room for its 100000 bytes"]
+
+
+def test_a_full_disk_is_known_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def full(file: int, offset: int, length: int) -> None:
+        asked.append(length)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    [(shard, url)] = shards(tmp_path, 1)
+    cache = ShardCache(tmp_path / "cache", 10 * SIZE, "set")
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(storage, "read_range", lambda *_: pytest.fail("fetched"))
+    with pytest.raises(NoRoom, match=r"the disk of .*/cache has no room for its 100000 bytes"):
+        cache.fill(shard, url)
+    cache.close()
+    assert asked == [SIZE], "tried again"
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_part_has_its_blocks_from_the_start(tmp_path: Path) -> None:
+    [(shard, _)] = shards(tmp_path, 1)
+    cache = ShardCache(tmp_path / "cache", 10 * SIZE, "set")
+    with cache._part(shard) as part:
+        assert part and os.fstat(part.fileno()).st_blocks * 512 >= SIZE
+    cache.close()
+
+
+def test_without_a_usable_folder_there_is_no_cache(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert open_cache(tmp_path / "file" / "cache", SIZE, "set") is None
+    [line] = capfd.readouterr().out.splitlines()
+    assert "samples are read by offset" in line and str(tmp_path / "file") in line and "VSWIN_CACHE" in line
+
+
+def test_each_user_has_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VSWIN_CACHE", raising=False)
+    assert storage.cache_home().name == f"vswin-cache-{os.getuid()}"
 
 
 def fill_all(folder: str, source: str, wanted: list[tuple[Shard, str]], bound: int) -> None:

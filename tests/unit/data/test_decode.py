@@ -125,10 +125,10 @@ def test_frames_that_no_other_needs_are_not_decoded(monkeypatch: pytest.MonkeyPa
 def test_spans_begin_at_key_frames_and_join() -> None:
     order = [0, 4, 2, 1, 3, 8, 6, 5, 7, 12, 10, 9, 11]  # decoding order, by presentation number; key frames 0, 8, 12
     packets: list[Any] = [SimpleNamespace(pts=t, is_keyframe=t in (0, 8, 12)) for t in order]
-    assert decode._spans(packets, [2]) == [(0, 3)]
-    assert decode._spans(packets, [7]) == [(0, 9)]  # an open group: decoded after key frame 8, shown before it
-    assert decode._spans(packets, [1, 11]) == [(0, 4), (5, 13)]
-    assert decode._spans(packets, [12, 9, 3]) == [(0, 12)]  # adjoining parts are one
+    assert decode.spans(packets, [2]) == [(0, 3)]
+    assert decode.spans(packets, [7]) == [(0, 9)]  # an open group: decoded after key frame 8, shown before it
+    assert decode.spans(packets, [1, 11]) == [(0, 4), (5, 13)]
+    assert decode.spans(packets, [12, 9, 3]) == [(0, 12)]  # adjoining parts are one
 
 
 COLOURS = {  # pixels, matrix, full range, width, height

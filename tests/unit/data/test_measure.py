@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from vswin_dist.config import load_settings
-from vswin_dist.data.measure import clips_per_second, first_batch, memory_slope, plan_cost
+from vswin_dist.data import bench
+from vswin_dist.data.measure import clips_per_second, cold_passes, first_batch, memory_slope, plan_cost
+from vswin_dist.errors import DataError
 
 
 def test_the_plan_is_priced() -> None:
@@ -23,3 +27,18 @@ def test_rates_first_batches_and_memory(motion_shards: Path) -> None:
     assert first_batch(data, 13, step=1000) > 0
     slope = memory_slope(data, 13, epochs=5)
     assert len(slope.held_mb) == 5 and "MB an epoch after the third" in str(slope)
+
+
+def test_places_of_different_sets_are_not_compared(motion_shards: Path) -> None:
+    data = load_settings("demo", [f"data.train={motion_shards}/train"]).data
+    with pytest.raises(DataError, match="compare places of the same one"):
+        cold_passes(data, f"{motion_shards}/val", 13, 1)
+
+
+@pytest.mark.slow
+def test_first_passes_are_compared(motion_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(motion_shards / "train", tmp_path / "there")
+    assert bench.main([f"{motion_shards}/train", "--against", f"{tmp_path}/there", "--workers", "1", "--repeats", "2",
+                       "--frames", "8", "--size", "32", "--batch", "13"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(found["here"]) == len(found["there"]) == 2 and found["ratio"] > 0

@@ -2,14 +2,15 @@
 
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vswin_dist.config.schema import DataSettings
-from vswin_dist.data.plan import Plan, check_batch, make_plan, rank_share
+from vswin_dist.data.plan import Plan, check_batch, make_plan, rank_share, validation_set
 from vswin_dist.errors import ConfigError
-from vswin_dist.manifest import Manifest, Sample, Shard
+from vswin_dist.manifest import Manifest, Sample, Shard, write_manifest
 
 WORLDS = (1, 2, 4, 64, 4096)
 
@@ -164,3 +165,15 @@ def test_evaluation_gives_every_sample_to_one_rank_in_equal_rounds(samples: int,
     assert sorted(i for batches, _ in shares for b in batches for i in b) == list(range(samples))
     assert len({rounds for _, rounds in shares}) == 1
     assert max(len(batches) for batches, _ in shares) == shares[0][1]
+
+
+def test_validation_is_of_the_classes_that_are_trained(tmp_path: Path) -> None:
+    write_manifest(manifest(3, 2, 4), str(tmp_path))
+    data = options(val=str(tmp_path))
+    for classes, expected in ((None, range(9)), (("c2", "c0"), [0, 1, 2, 5, 6, 7, 8])):
+        found = validation_set(replace(data, classes=classes))
+        assert found and [s.key for s in found.samples] == [f"k{i}" for i in expected]
+        assert found.classes == ["c0", "c1", "c2"], "the head keeps its classes"
+    with pytest.raises(ConfigError, match=r"has no video of data.classes=\['c3'\]"):
+        validation_set(replace(data, classes=("c3",)))
+    assert validation_set(options()) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vswin_dist.data.plan import Plan
@@ -54,6 +55,20 @@ def test_the_budget_is_a_share_of_what_was_read(tmp_path: Path, manifest: Manife
         f"{tmp_path}/quarantine.jsonl names them; the last is {manifest.samples[20].key!r}: video 20 is bad")
     with pytest.raises(DataError, match="9 of the first 100 videos"):
         ledger.check(Plan("f", 100, 0, 10), 10_000, 0.01)
+
+
+def test_videos_drawn_again_are_no_further_videos(tmp_path: Path, manifest: Manifest) -> None:
+    """Balanced classes: 10 of 1,000 samples fill half of every epoch."""
+    labels = np.array([0] * 990 + [1] * 10)
+    plan = Plan("f", 1000, 0, 100, balanced=labels)
+    ledger = Ledger(str(tmp_path), manifest, "shards")
+    ledger.add(bad(i, step=0, place=i) for i in range(9))
+    drawn = len(set(plan.order(0)[:900].tolist()))
+    assert drawn <= 460
+    with pytest.raises(DataError, match=f"9 of the first {drawn} videos"):
+        ledger.check(plan, 9, 0.01)
+    ledger.check(plan, 9, 0.02)
+    ledger.check(plan, 40, 0.01)
 
 
 def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path, manifest: Manifest) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,37 @@ def test_a_half_written_one_is_none(tmp_path: Path) -> None:
     cut = Path(save(tmp_path, 3)) / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-1])
     assert [f.position.step for f in checkpoint.list_checkpoints(str(tmp_path))] == [1]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from vswin_dist import storage
+from tests.unit.training.test_checkpoint import save
+put = storage.put_file
+def put_and_die(local, url):
+    put(local, url)
+    if url.endswith("optimizer.safetensors"):
+        os.kill(os.getpid(), signal.SIGKILL)
+storage.put_file = put_and_die
+save(Path(sys.argv[1]), 3)
+"""
+
+
+def test_what_a_killed_save_leaves_is_removed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, 1)
+    damaged = Path(save(tmp_path, 2)) / "model.safetensors"
+    damaged.write_bytes(b"")
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    left = {p.name for p in tmp_path.iterdir()}
+    assert "step-00000003" in left and any(name.startswith("vswin-checkpoint-") for name in left)
+    (tmp_path / "quarantine.jsonl").write_text("")
+    checkpoint.prune(str(tmp_path), keep=2)
+    assert capfd.readouterr().out == "", "told at each save"
+    checkpoint.clean(str(tmp_path))
+    assert {p.name for p in tmp_path.iterdir()} == {"step-00000001", "step-00000002", "quarantine.jsonl"}
+    checkpoint.clean(str(tmp_path / "absent"))
 
 
 def test_damage_is_found(tmp_path: Path) -> None:
