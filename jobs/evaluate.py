@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from vswin_dist.errors import WorkFailed, run_command
+from vswin_dist.errors import WorkFailed, at_least, run_command
 
 
 def main() -> int:
@@ -19,19 +19,28 @@ def main() -> int:
     parser.add_argument("--shuffle-frames", action="store_true", help="control: the same clips, frames in random order")
     parser.add_argument("--tracking-uri", default=None)
     parser.add_argument("--s3-endpoint", default=None)
+    parser.add_argument("--storage-root", default=None, metavar="URL",
+                        help="where Ray keeps its state while it runs; needed where the cluster has several nodes")
     args = parser.parse_args()
+    at_least(1, clips=args.clips, crops=args.crops, batch=args.batch, ranks=args.ranks)
+    at_least(0, workers=args.workers)
 
     from vswin_dist.evaluation import report
     from vswin_dist.evaluation.evaluate import Views
+    from vswin_dist.evaluation.score_model import check
     from vswin_dist.training.launch import score
 
     views = Views(args.clips, args.crops, args.batch, args.shuffle_frames)
     model = report.find_model(args.model, args.tracking_uri, args.s3_endpoint)
-    scores = score(model.request(args.data, views, args.workers, args.s3_endpoint), args.ranks, args.gpu)
-    report.log(model, args.data, views, scores, args.ranks)
+    request = model.request(args.data, views, args.workers, args.s3_endpoint)
+    check(request)
+    report.check_store(model.tracking_uri)
+    scores = score(request, args.ranks, args.gpu, args.storage_root)
     print(scores)
     for key, reason in scores.missing:
         print(f"missing: {key}: {reason}")
+    sys.stdout.flush()  # whatever becomes of the entry in MLflow
+    report.log(model, args.data, views, scores, args.ranks)
     if scores.missing:
         raise WorkFailed(f"{len(scores.missing)} of {scores.expected} videos could not be scored")
     return 0

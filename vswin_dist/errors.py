@@ -48,6 +48,17 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
+def at_least(least: int, **values: int) -> None:
+    """Refuse a command's ``--NAME`` options whose values are below `least`.
+
+    Raises:
+        ConfigError: names the first.
+    """
+    for name, value in values.items():
+        if value < least:
+            raise ConfigError(f"--{name}={value}: must be {least} or more")
+
+
 def run_command(main: Callable[[], int | None]) -> int:
     """Run a command's main function; a `VswinError` becomes one line on stderr and its exit code."""
     try:

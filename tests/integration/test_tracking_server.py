@@ -94,7 +94,6 @@ def test_a_server_that_dies_and_comes_back_gets_everything(
         assert not processes_of(group)
         for step in range(1, 100):
             logger.log(step, {"loss": 1.0})
-        logger.text("load_report.md", "report")
         assert not logger.flush(timeout_s=0.5)
         late = MetricLogger(server.uri, run_id)  # its server is away from its beginning to its end
         late.log(500, {"top1": 0.5})
@@ -107,6 +106,5 @@ def test_a_server_that_dies_and_comes_back_gets_everything(
     assert logger.flush(timeout_s=60)
     assert logger.close() == 0
     assert steps(server.uri, run_id, "loss") == list(range(100))
-    assert [f.path for f in backend.client(server.uri).list_artifacts(run_id)] == ["load_report.md"]
     ours = [m for m in caplog.messages if "training goes on" in m]
     assert 1 <= len(ours) <= 2  # one for each logger, however often it tried

@@ -23,6 +23,7 @@ from torch import Tensor
 from vswin_dist.config.schema import DataSettings
 from vswin_dist.data import pixel_ops as ops
 from vswin_dist.data.plan import Plan
+from vswin_dist.data.transforms import constant
 
 PIXELS = 4  # first word of the random streams of this module
 STRONGEST = 30  # magnitude
@@ -128,6 +129,6 @@ def erase(clip: Tensor, box: tuple[int, int, int, int] | None, mean: tuple[float
         return clip
     top, left, height, width = box
     result = clip.clone()
-    colour = torch.tensor(mean, device=clip.device).round().to(torch.uint8)
+    colour = constant(mean, clip.device).round().to(torch.uint8)
     result[:, :, top:top + height, left:left + width] = colour.view(3, 1, 1, 1)
     return result

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vswin_dist.config.schema import DataSettings
+from vswin_dist.data.transforms import send
 from vswin_dist.errors import ConfigError
 
 MIXING = 5  # first word of the random streams of this module
@@ -83,8 +84,8 @@ def mix(clips: Tensor, labels: Tensor, classes: int, s: DataSettings, seed: int,
         return clips, labels
     assert len(clips) % 2 == 0 and place % 2 == 0, "a pair was cut in two"
     drawn = [draw_pair(s, clips.shape[3], clips.shape[4], seed, step, (place + i) // 2) for i in range(0, len(clips), 2)]
-    own = torch.tensor([p.own for p in drawn], device=clips.device)
-    blend = torch.where(torch.tensor([p.box is None for p in drawn], device=clips.device), own, 1.0)  # [P]
+    shares = torch.tensor([[p.own, p.own if p.box is None else 1.0] for p in drawn])
+    own, blend = send(shares, clips.device).unbind(1)  # each [P]
     pairs = clips.unflatten(0, (-1, 2))  # [P, 2, 3, T, H, W]
     mixed = torch.lerp(pairs.flip(1), pairs, blend.to(clips.dtype).view(-1, 1, 1, 1, 1, 1))
     for pair, result, what in zip(pairs, mixed, drawn, strict=True):
@@ -92,7 +93,7 @@ def mix(clips: Tensor, labels: Tensor, classes: int, s: DataSettings, seed: int,
             top, bottom, left, right = what.box
             result[..., top:bottom, left:right] = pair.flip(0)[..., top:bottom, left:right]
     hard = F.one_hot(labels, classes).float().unflatten(0, (-1, 2))  # [P, 2, K]
-    weight = own.float().view(-1, 1, 1)
+    weight = own.view(-1, 1, 1)
     return mixed.flatten(0, 1), (weight * hard + (1 - weight) * hard.flip(1)).flatten(0, 1)
 
 

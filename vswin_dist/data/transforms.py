@@ -5,11 +5,24 @@ Clips are uint8 [B, 3, T, S, S] in RGB, or planes [B, T, S * S * 3 / 2] as `deco
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the CPU on `device`. A GPU is not waited for, which takes pinned memory."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+@functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what an evaluation makes first serves a training too
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """`values` in float32 on `device`, made once; not to be changed."""
+    return send(torch.tensor(values), device)
 
 
 def to_rgb(clips: Tensor) -> Tensor:
@@ -31,7 +44,5 @@ def to_rgb(clips: Tensor) -> Tensor:
 
 def normalise(clips: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """Clips in either form to RGB [B, 3, T, S, S] of `dtype`, ``(x - mean) / std`` per channel in float32."""
-    shape = (1, 3, 1, 1, 1)
-    centre = torch.tensor(mean, device=clips.device).view(shape)
-    spread = torch.tensor(std, device=clips.device).view(shape)
+    centre, spread = (constant(values, clips.device).view(1, 3, 1, 1, 1) for values in (mean, std))
     return ((to_rgb(clips).float() - centre) / spread).to(dtype)

@@ -38,7 +38,7 @@ class Views:
     shuffle_frames: bool = False  # a control: what is left of the score when motion is destroyed
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: what ZeRO-3 gathers in it cannot be trained on afterwards
 def evaluate(forward: Callable[[Tensor], Tensor], manifest: Manifest, base: str, data: DataSettings, views: Views,
              rank: Rank, dtype: torch.dtype) -> Scores:
     """Score every video of `manifest` with probabilities averaged over its views. Collective over all ranks.
@@ -56,20 +56,23 @@ def evaluate(forward: Callable[[Tensor], Tensor], manifest: Manifest, base: str,
     per_video = views.clips * views.crops
     videos = max(1, views.batch // per_video)
     batches, rounds = rank_share(len(manifest.samples), rank.rank, rank.world, videos)
-    loader = test_batches(manifest, base, data, batches, views.clips, views.crops, views.shuffle_frames)
-    shape = (videos * per_video, *clip_shape(data.frames, data.size, data.pixel_format))
+    loader = test_batches(manifest, base, data, batches, views.clips, views.crops, views.shuffle_frames,
+                          pin=rank.device.type == "cuda")
+    shape = clip_shape(data.frames, data.size, data.pixel_format)
     found: list[tuple[int, int, np.ndarray]] = []  # sample index, label, probabilities [classes]
     missing: list[tuple[int, str]] = []
     for number in range(rounds):
-        clips = torch.zeros(shape, dtype=torch.uint8)
+        clips = torch.empty((0, *shape), dtype=torch.uint8)
         labels, indices = [], []
         if number < len(batches):
             batch = next(loader)
             missing += batch["missing"]
             labels, indices = batch["labels"].tolist(), batch["indices"].tolist()
             if indices:
-                clips[:len(indices) * per_video] = batch["views"].flatten(0, 1)
-        logits = torch.cat([forward(normalise(c.to(rank.device), data.mean, data.std, dtype)).float()
+                clips = batch["views"].flatten(0, 1)
+        if blank := videos * per_video - len(clips):
+            clips = torch.cat((clips, clips.new_zeros((blank, *shape))))
+        logits = torch.cat([forward(normalise(c.to(rank.device, non_blocking=True), data.mean, data.std, dtype)).float()
                             for c in clips.split(views.batch)])
         mean = logits.double().softmax(1).unflatten(0, (videos, per_video)).mean(1).cpu().numpy()
         found += zip(indices, labels, mean, strict=False)

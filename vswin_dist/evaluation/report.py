@@ -10,7 +10,7 @@ from vswin_dist.evaluation.evaluate import Views
 from vswin_dist.evaluation.metrics import Scores
 from vswin_dist.evaluation.score_model import Request
 from vswin_dist.manifest import read_manifest
-from vswin_dist.tracking import registry
+from vswin_dist.tracking import backend, registry
 from vswin_dist.tracking.metrics import MetricLogger
 from vswin_dist.tracking.provenance import source_version
 from vswin_dist.tracking.run import DatasetRecord, end_run, log_start, open_run, tracking_uri
@@ -20,20 +20,19 @@ EXPERIMENT = "vswin-evaluations"
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model to score: what the user called it, its folder, and the store that knows it."""
+    """A model to score, as every machine can find it, and the store that takes its scores."""
 
-    reference: str
-    folder: str
+    reference: str  # models:/NAME/VERSION, or a folder or URL
     tracking_uri: str
     training_run: str | None
 
     def request(self, data: str, views: Views, workers: int, s3_endpoint: str | None) -> Request:
         """The request to score this model on `data`."""
-        return Request(self.folder, storage.absolute(data), views, workers, s3_endpoint)
+        return Request(self.reference, self.tracking_uri, storage.absolute(data), views, workers, s3_endpoint)
 
 
 def find_model(reference: str, uri: str | None, s3_endpoint: str | None) -> FoundModel:
-    """The model that `reference` means: ``models:/...``, or a folder or URL.
+    """The model that `reference` means now: ``models:/...``, or a folder or URL.
 
     Raises:
         CheckpointError: there is none; says what there is.
@@ -41,9 +40,19 @@ def find_model(reference: str, uri: str | None, s3_endpoint: str | None) -> Foun
     storage.use_s3_endpoint(s3_endpoint)
     store = tracking_uri(uri)
     if not registry.is_reference(reference):
-        return FoundModel(reference, storage.absolute(reference), store, None)
-    folder, version = registry.resolve_model(store, reference)
-    return FoundModel(version.uri, folder, store, version.run_id)
+        return FoundModel(storage.absolute(reference), store, None)
+    version = registry.find_version(store, reference)
+    return FoundModel(version.uri, store, version.run_id)
+
+
+def check_store(uri: str) -> None:
+    """Refuse a store that could not take the scores, before the hours that they take.
+
+    Raises:
+        PreflightError: it cannot be reached. ConfigError: its experiment cannot be used.
+    """
+    with backend.reachable(uri):
+        backend.experiment_id(uri, EXPERIMENT)
 
 
 def log(model: FoundModel, data: str, views: Views, scores: Scores, ranks: int) -> str:

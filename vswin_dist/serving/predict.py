@@ -20,7 +20,8 @@ from vswin_dist.serving.export import ModelCard, load_model
 from vswin_dist.tracking.registry import is_reference, resolve_model
 from vswin_dist.tracking.run import tracking_uri
 
-Views = Callable[[str], Tensor]  # path or URL of a video -> uint8 [V, 3, T, S, S]
+# path or URL of a video -> uint8 [V, 3, T, S, S], or planes [V, T, S * S * 3 / 2] (as a model of pixel_format yuv gets them)
+Views = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Predictor:
         Raises:
             DataError: the video is absent or cannot be decoded; names it.
         """
-        views = self._views(video)  # uint8 [V, 3, T, S, S]
+        views = self._views(video)
         total = torch.zeros(len(self.card.classes))
         for part in views.split(self.batch):
             clips = normalise(part.to(self.device), self._data.mean, self._data.std, torch.float32)
@@ -72,7 +73,8 @@ class Predictor:
 
 
 def file_views(video: str, card: ModelCard, clips: int, crops: int) -> Tensor:
-    """The test views of a video file on any fsspec URL, uint8 [clips * crops, 3, T, S, S].
+    """The test views of a video file on any fsspec URL: uint8 [clips * crops, 3, T, S, S], or planes
+    [clips * crops, T, S * S * 3 / 2] where the card's pixel_format is yuv.
 
     Raises:
         DataError: it is absent or cannot be decoded; names it.

@@ -10,10 +10,10 @@ from vswin_dist.tracking.registry import (
     resolve_model,
     set_alias,
 )
-from vswin_dist.tracking.run import DatasetRecord, end_run, log_files, log_start, open_run, tracking_uri
+from vswin_dist.tracking.run import DatasetRecord, end_run, log_start, open_run, tracking_uri
 
 __all__ = [
-    "DatasetRecord", "MetricLogger", "ModelVersion", "end_run", "find_version", "is_reference", "log_files",
-    "log_start", "open_run", "package_versions", "register_model", "resolve_model", "set_alias", "source_version",
+    "DatasetRecord", "MetricLogger", "ModelVersion", "end_run", "find_version", "is_reference", "log_start",
+    "open_run", "package_versions", "register_model", "resolve_model", "set_alias", "source_version",
     "tracking_uri",
 ]

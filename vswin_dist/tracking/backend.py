@@ -80,11 +80,6 @@ def error_code(error: BaseException) -> str:
     return str(getattr(error, "error_code", ""))
 
 
-def is_absent(error: BaseException) -> bool:
-    """True where MLflow says that what was asked for does not exist."""
-    return error_code(error) in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
-
-
 def is_final(error: BaseException) -> bool:
     """True where the same request would be refused again."""
     return error_code(error) in FINAL_CODES

@@ -12,10 +12,9 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from vswin_dist.tracking import backend
-from vswin_dist.tracking.provenance import redact
 
 CAPACITY = 100_000  # values: about 12 MB
 THREAD_NAME = "mlflow-metrics"
@@ -41,7 +40,6 @@ class MetricLogger:
     def __init__(self, uri: str, run_id: str, capacity: int = CAPACITY) -> None:
         self._uri, self._run_id, self._capacity = uri, run_id, capacity
         self._waiting: collections.deque[Row] = collections.deque()
-        self._texts: collections.deque[tuple[str, str]] = collections.deque()
         self._sending: list[Row] = []  # taken from `_waiting`, not yet acknowledged
         self._last: dict[str, int] | None = None  # metric -> last step in the store or sent; None: not yet asked
         self._lost = 0
@@ -68,12 +66,6 @@ class MetricLogger:
                 self._lost += 1
             self._changed.notify_all()
 
-    def text(self, path: str, text: str) -> None:
-        """Write an artifact, such as ``load_report.md``, as soon as the store takes it; returns at once."""
-        with self._changed:
-            self._texts.append((path, redact(text)))
-            self._changed.notify_all()
-
     def flush(self, timeout_s: float = 30.0) -> bool:
         """Wait until the store has everything; False where `timeout_s` passed before."""
         with self._changed:
@@ -88,14 +80,14 @@ class MetricLogger:
         with self._changed:
             self._abandoned = True
             self._changed.notify_all()
-            lost, texts = self._lost + len(self._waiting) + len(self._sending), len(self._texts)
-        if lost or texts:
-            _log.warning("MLflow at %s: %d metric values and %d files of run %s were not taken and are lost",
-                         backend.safe_uri(self._uri), lost, texts, self._run_id)
+            lost = self._lost + len(self._waiting) + len(self._sending)
+        if lost:
+            _log.warning("MLflow at %s: %d metric values of run %s were not taken and are lost",
+                         backend.safe_uri(self._uri), lost, self._run_id)
         return lost
 
     def _pending(self) -> bool:
-        return bool(self._waiting or self._sending or self._texts)
+        return bool(self._waiting or self._sending)
 
     def _work(self) -> None:
         wait = FIRST_WAIT_S
@@ -128,39 +120,28 @@ class MetricLogger:
                 self._changed.wait_for(lambda: self._closing, wait)
 
     def _send(self) -> None:
-        """One request: the oldest values, else the oldest file. Raises what MLflow raises; the rest stays."""
+        """One request: the oldest values. Raises what MLflow raises; they stay then."""
         client = backend.client(self._uri)
         if self._last is None:
             found = client.get_run(self._run_id).data.to_proto().metrics  # the latest of each metric, by step
             self._last = {m.key: int(m.step) for m in found}
-        if self._sending:
-            last, fresh = dict(self._last), []
-            for name, value, time_ms, step in self._sending:
-                if step > last.get(name, -1):
-                    last[name] = step
-                    fresh.append(backend.metric(name, value, time_ms, step))
-            if fresh:
-                client.log_batch(self._run_id, metrics=fresh)
-            self._last = last
-            self._done(self._sending.clear)
-        elif self._texts:
-            path, text = self._texts[0]
-            client.log_text(self._run_id, text, path)
-            self._done(self._texts.popleft)
-
-    def _done(self, remove: Callable[[], object]) -> None:
+        last, fresh = dict(self._last), []
+        for name, value, time_ms, step in self._sending:
+            if step > last.get(name, -1):
+                last[name] = step
+                fresh.append(backend.metric(name, value, time_ms, step))
+        if fresh:
+            client.log_batch(self._run_id, metrics=fresh)
+        self._last = last
         with self._changed:
-            remove()
+            self._sending.clear()
             self._changed.notify_all()
 
     def _give_up(self) -> None:
         """Lose what the store refused for good, and go on with the rest."""
         with self._changed:
-            if self._sending:
-                self._lost += len(self._sending)
-                self._sending.clear()
-            elif self._texts:
-                self._texts.popleft()
+            self._lost += len(self._sending)
+            self._sending.clear()
             self._changed.notify_all()
 
     def _warn(self, error: Exception) -> None:

@@ -120,14 +120,6 @@ def log_start(uri: str, run_id: str, *, settings: Any, recipe: str | None, sourc
     return number
 
 
-def log_files(uri: str, run_id: str, path: str | Path, folder: str | None = None) -> None:
-    """Add a file, or what a folder holds, to the run's artifacts, below `folder`."""
-    with backend.reachable(uri), backend.long_requests():
-        client = backend.client(uri)
-        log = client.log_artifacts if Path(path).is_dir() else client.log_artifact
-        log(run_id, str(path), folder)
-
-
 def end_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> bool:
     """Set the end state; False, with a warning, where the store is away: the training's own result stands."""
     try:

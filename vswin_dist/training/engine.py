@@ -48,7 +48,8 @@ def deepspeed_config(training: TrainingSettings, optim: OptimSettings, accumulat
         "steps_per_print": 1 << 60,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": training.zero_stage, "overlap_comm": torch.cuda.is_available()},
-        "bf16": {"enabled": bf16 and training.zero_stage > 0},
+        # The overflow check waits for the GPU at every step, and leaves steps out in silence: `loop.flush` stops instead.
+        "bf16": {"enabled": bf16 and training.zero_stage > 0, "check_grad_overflow": False},
         "torch_autocast": {"enabled": bf16 and training.zero_stage == 0, "dtype": "bfloat16"},
     }
     if bf16 and training.zero_stage > 0:
@@ -196,10 +197,15 @@ class Engine:
 
     @contextmanager
     def full_module(self) -> Iterator[nn.Module]:
-        """The module for evaluation; stage 3 gathers each layer as it runs."""
+        """The module for evaluation, on clips of `input_dtype`; stage 3 gathers each layer as it runs.
+
+        Stage 0 in bf16 keeps fp32 weights: as in `forward`, where DeepSpeed sees to it, it runs under autocast.
+        """
         was_training = self.module.training
         self.module.eval()
+        mixed = self.stage == 0 and self.input_dtype == torch.bfloat16
         try:
-            yield self.module
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+                yield self.module
         finally:
             self.module.train(was_training)

@@ -24,7 +24,7 @@ from vswin_dist.config import to_flat
 from vswin_dist.errors import PreflightError, VswinError, WorkFailed
 from vswin_dist.evaluation.evaluate import Rank
 from vswin_dist.evaluation.metrics import Scores
-from vswin_dist.evaluation.score_model import Request, check, score_on_rank
+from vswin_dist.evaluation.score_model import Request, model_folder, score_on_rank
 from vswin_dist.tracking import provenance, registry, run
 from vswin_dist.training import checkpoint, identity, loop
 from vswin_dist.training.failure import Failure
@@ -64,11 +64,11 @@ def cluster() -> Iterator[None]:
             ray.shutdown()
 
 
-def check_resources(resources: Resources) -> None:
-    """Refuse a number of ranks that the cluster can never hold.
+def check_resources(resources: Resources, setting: str = "training.workers") -> None:
+    """Refuse a number of ranks, which `setting` sets, that the cluster can never hold.
 
     Raises:
-        PreflightError: fewer CPUs or GPUs than asked for.
+        PreflightError: fewer CPUs or GPUs than asked for; names `setting`.
     """
     import ray
 
@@ -78,8 +78,8 @@ def check_resources(resources: Resources) -> None:
         need["GPU"] = resources.workers
     for kind, amount in need.items():
         if have.get(kind, 0) < amount:
-            raise PreflightError(f"training.workers={resources.workers} needs {amount:g} {kind}s, the Ray cluster has "
-                                 f"{have.get(kind, 0):g}. Lower training.workers, or add nodes.")
+            raise PreflightError(f"{setting}={resources.workers} needs {amount:g} {kind}s, the Ray cluster has "
+                                 f"{have.get(kind, 0):g}. Lower {setting}, or add nodes.")
 
 
 def run_ranks(worker: Callable[[dict[str, Any]], None], config: dict[str, Any], resources: Resources, name: str,
@@ -230,27 +230,35 @@ def record_start(recipe_text: str, prepared: Prepared, run_id: str) -> dict[str,
     return lineage
 
 
-def score(request: Request, ranks: int, use_gpu: bool) -> Scores:
+def score(request: Request, ranks: int, use_gpu: bool, storage_root: str | None = None) -> Scores:
     """Score a model on `ranks` processes; a single one without a GPU request runs in this process, without Ray.
 
+    Args:
+        storage_root: URL where Ray keeps its state meanwhile; None: the data root, which other nodes do not reach.
+
     Raises:
-        CheckpointError, DataError: model and data do not fit. PreflightError: the cluster is too small.
-        WorkFailed: a rank failed.
+        DataError: `storage_root` cannot be written. PreflightError: the cluster is too small. WorkFailed: a rank failed.
     """
-    check(request)
     if ranks == 1 and not use_gpu:
         return score_on_rank(request, Rank(0, 1, torch.device("cpu")))
     with cluster():
         resources = Resources(ranks, use_gpu, 1.0, max_failures=0)
-        check_resources(resources)
-        root = storage.join(str(storage.home()), "evaluations")
-        return Scores(**run_ranks(score_worker, {"request": request}, resources, "evaluate", root)["scores"])
+        check_resources(resources, "--ranks")
+        root = storage.join(storage.absolute(storage_root or str(storage.home())), f"evaluate-{uuid.uuid4().hex[:8]}")
+        try:
+            storage.check_writable(root)
+            return Scores(**run_ranks(score_worker, {"request": request}, resources, "evaluate", root)["scores"])
+        finally:
+            storage.remove(root, recursive=True)
 
 
 def score_worker(config: dict[str, Any]) -> None:
     """What Ray Train runs on every rank to score a model."""
+    import ray.train
+
+    if ray.train.get_context().get_local_rank() == 0:
+        model_folder(config["request"])  # of each node, one rank fetches what the others find
+    torch.distributed.barrier()
     scores = score_on_rank(config["request"], this_rank())
     with tempfile.TemporaryDirectory() as folder:  # Ray keeps metrics only beside a checkpoint
-        import ray.train
-
         ray.train.report({"scores": asdict(scores)}, checkpoint=ray.train.Checkpoint.from_directory(folder))

@@ -5,6 +5,7 @@ Shapes: B micro-batch of a rank, T frames, H x W pixels, K classes.
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from vswin_dist.data.mixing import cross_entropy, mix
 from vswin_dist.data.plan import Plan, make_plan, validation_set
 from vswin_dist.data.quarantine import Bad, Ledger
 from vswin_dist.data.transforms import normalise, to_rgb
+from vswin_dist.errors import WorkFailed
 from vswin_dist.evaluation.evaluate import Rank, Views, evaluate
 from vswin_dist.manifest import Manifest, read_manifest
 from vswin_dist.models.stochastic import sample_keys
@@ -76,6 +78,7 @@ def train(job: Job, rank: Rank, report: Report) -> None:
 
     batches = iter(loader)
     pending: list[StepFigures] = []
+    began = time.perf_counter()  # of the steps that are pending
     for step in range(start, last):
         factor = learning_rate_factor(step, plan.steps_per_epoch, s.training.epochs, s.optim)
         rates = engine.set_learning_rate(factor)
@@ -87,7 +90,7 @@ def train(job: Job, rank: Rank, report: Report) -> None:
         every = s.training.checkpoint_every or plan.steps_per_epoch
         saving = done % every == 0 or done == last
         if saving or epoch_ends or len(pending) == LOG_EVERY:
-            bad = flush(pending, logger, rank, plan.steps_per_epoch, last)
+            bad = flush(pending, began, plan, logger, rank, last)
             quarantine(ledger, bad, done, plan, s, rank, logger)
         metrics: dict[str, float] = {}
         if val and (done == last or (epoch_ends and (done // plan.steps_per_epoch) % s.evaluation.every_epochs == 0)):
@@ -95,6 +98,8 @@ def train(job: Job, rank: Rank, report: Report) -> None:
         if saving or metrics:
             url = save(engine, job, s, manifest, loader, done, metrics, rank)
             report({"step": done, "epoch": done / plan.steps_per_epoch, **metrics}, url)
+        if not pending:
+            began = time.perf_counter()
     report_memory(rank, logger, last)
     if logger:
         logger.close()
@@ -120,7 +125,7 @@ class StepFigures:
     step: int
     loss: torch.Tensor  # of this rank, mean over its micro-batches
     grad_norm: torch.Tensor
-    seconds: float
+    waited: float  # seconds for data
     values: dict[str, float]
     bad: list[Bad]  # videos of this rank's batches that did not decode
 
@@ -128,7 +133,7 @@ class StepFigures:
 def train_step(engine: Engine, batches: Iterator[Batch], step: int, accumulation: int, s: Settings,
                rank: Rank, classes: int, plan: Plan) -> StepFigures:
     """One optimizer step: `accumulation` micro-batches forward and backward, then the update."""
-    began, waited = time.perf_counter(), 0.0
+    waited = 0.0
     loss_sum = torch.zeros((), device=rank.device)
     place = rank.rank * accumulation * s.training.micro_batch  # of the next clip in the global batch
     bad: list[Bad] = []
@@ -150,17 +155,21 @@ def train_step(engine: Engine, batches: Iterator[Batch], step: int, accumulation
         engine.backward(loss)
         engine.step()
         loss_sum += loss.detach()
-    seconds = time.perf_counter() - began
-    return StepFigures(step, loss_sum / accumulation, engine.gradient_norm(), seconds, {
-        "train/clips_per_second": s.training.global_batch / seconds, "train/data_wait_share": waited / seconds}, bad)
+    return StepFigures(step, loss_sum / accumulation, engine.gradient_norm(), waited, {}, bad)
 
 
-def flush(pending: list[StepFigures], logger: MetricLogger | None, rank: Rank, steps_per_epoch: int,
+def flush(pending: list[StepFigures], began: float, plan: Plan, logger: MetricLogger | None, rank: Rank,
           last: int) -> list[Bad]:
     """Average the pending losses over the ranks in one operation; rank 0 logs them. Empties `pending`.
 
+    A step alone cannot be timed on a GPU, which is still at work when the host goes on; here the host waits for it. Each
+    pending step is given the mean since `began`.
+
     Returns:
         What did not decode on any rank, the same on all of them.
+
+    Raises:
+        WorkFailed: a loss or the norm of a gradient is not finite; on all ranks alike, and before that step is saved.
     """
     bad = [b for f in pending for b in f.bad]
     losses = torch.stack([*(f.loss for f in pending), torch.full((), float(len(bad)), device=rank.device)])
@@ -171,20 +180,30 @@ def flush(pending: list[StepFigures], logger: MetricLogger | None, rank: Rank, s
             dist.all_gather_object(parts, bad)
             bad = [b for part in parts for b in part]
         losses /= rank.world
+    found: list[tuple[float, float]] = torch.stack([losses[:-1], torch.stack([f.grad_norm for f in pending])]).T.tolist()
+    seconds = (time.perf_counter() - began) / len(pending)  # of a step
+    for figures, (loss, norm) in zip(pending, found, strict=True):
+        check_finite(figures.step + 1, loss, norm)
     if logger:
-        norms = torch.stack([f.grad_norm for f in pending]).tolist()
-        for figures, loss, norm in zip(pending, losses[:-1].tolist(), norms, strict=True):
+        clips, wait = plan.global_batch / seconds, sum(f.waited for f in pending) / len(pending) / seconds
+        for figures, (loss, norm) in zip(pending, found, strict=True):
             done = figures.step + 1
-            logger.log(done, {"train/loss": loss, "train/grad_norm": norm, "epoch": done / steps_per_epoch,
-                              **figures.values})
-        done = pending[-1].step + 1
-        seconds = sum(f.seconds for f in pending) / len(pending)
-        clips = pending[0].values["train/clips_per_second"] * pending[0].seconds / seconds
-        wait = sum(f.values["train/data_wait_share"] for f in pending) / len(pending)
-        print(f"step {done}/{last}  loss {losses[:-1].mean():.4f}  {clips:.1f} clips/s  data wait {wait:.0%}  "
+            logger.log(done, {"train/loss": loss, "train/grad_norm": norm, "epoch": done / plan.steps_per_epoch,
+                              "train/clips_per_second": clips, "train/data_wait_share": wait, **figures.values})
+        mean = sum(loss for loss, _ in found) / len(found)
+        print(f"step {done}/{last}  loss {mean:.4f}  {clips:.1f} clips/s  data wait {wait:.0%}  "
               f"about {seconds * (last - done):.0f} s left", flush=True)
     pending.clear()
     return bad
+
+
+def check_finite(step: int, loss: float, norm: float) -> None:
+    """Stop a training whose weights are lost, or whose step was left out; see `flush`."""
+    if math.isfinite(loss) and math.isfinite(norm) and norm >= 0:  # DeepSpeed's -1 is a norm that is not finite
+        return
+    what = f"the norm of the gradient is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+    raise WorkFailed(f"{what} at step {step}; no checkpoint was written from there on. Start over (another run.name, or "
+                     "run.fresh=true) with a lower optim.lr, optim.gradient_clipping=1 or training.precision=fp32.")
 
 
 def quarantine(ledger: Ledger, bad: list[Bad], done: int, plan: Plan, s: Settings, rank: Rank,

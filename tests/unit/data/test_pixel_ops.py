@@ -85,3 +85,8 @@ def test_a_cut_out_is_a_grey_square_inside_the_frame(clip: Tensor) -> None:
     assert changed.any(1).nonzero().flatten().tolist() == list(range(18, 27))
     assert changed.any(0).nonzero().flatten().tolist() == list(range(4))
     assert (found[:, :, 18:27, :4] == 128).all()
+
+
+def test_histograms_on_a_gpu_are_those_of_the_cpu(clip: Tensor) -> None:
+    planes = clip.flatten(2).flatten(0, 1)
+    assert torch.equal(ops._scattered_histograms(planes), ops._histograms(planes))

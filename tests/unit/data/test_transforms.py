@@ -1,9 +1,11 @@
 """Clips become RGB and are normalised the same from either form."""
 
 import numpy as np
+import pytest
 import torch
 
-from vswin_dist.data.transforms import normalise, to_rgb
+from vswin_dist.data import transforms
+from vswin_dist.data.transforms import constant, normalise, to_rgb
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 # BT.601 of limited range: name -> (Y, Cb, Cr), (R, G, B)
@@ -46,3 +48,15 @@ def test_rgb_is_normalised_per_channel() -> None:
     assert normalise(clips, MEAN, STD, torch.bfloat16).dtype == torch.bfloat16
     white = normalise(planes(KNOWN["white"][0]), MEAN, STD, torch.float32)
     assert torch.allclose(white, normalise(torch.full((1, 3, 2, 8, 8), 255, dtype=torch.uint8), MEAN, STD, torch.float32))
+
+
+def test_mean_and_std_are_sent_once_and_serve_training_after_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(transforms, "send", lambda tensor, device: sent.append(tensor) or tensor)
+    clips, mean = torch.zeros(1, 3, 1, 2, 2, dtype=torch.uint8), (1.0, 2.0, 3.0)
+    with torch.inference_mode():
+        normalise(clips, mean, (9.0, 8.0, 7.0), torch.float32)
+    normalise(clips, mean, (9.0, 8.0, 7.0), torch.float32)
+    assert len(sent) == 2
+    assert not constant(mean, clips.device).is_inference()
+    transforms.constant.cache_clear()

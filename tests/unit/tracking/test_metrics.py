@@ -27,7 +27,6 @@ class FakeClient:
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, int]] = []
-        self.texts: list[str] = []
         self.fail: Exception | None = None
         self.gate = threading.Event()
         self.gate.set()
@@ -42,9 +41,6 @@ class FakeClient:
         if self.fail:
             raise self.fail
         self.rows += [(m.key, m.step) for m in metrics]
-
-    def log_text(self, run_id: str, text: str, path: str) -> None:
-        self.texts.append(path)
 
 
 @pytest.fixture
@@ -63,21 +59,17 @@ def wait_for_call(client: FakeClient, number: int = 1) -> None:
         time.sleep(0.002)
 
 
-def test_values_and_files_arrive_in_a_real_store(store: str) -> None:
+def test_values_arrive_in_a_real_store(store: str) -> None:
     run_id = run.open_run(store, "exp", "metrics")
     logger = MetricLogger(store, run_id)
     for step in range(1200):
         logger.log(step, {"train/loss": 1 / (step + 1), "lr.backbone": 0.1})
     logger.log(1200, {"train/loss": math.nan})
-    logger.text("load_report.md", "weights from s3://K:S@bucket/x")
     assert logger.close() == 0
     found = history(store, run_id, "train/loss")
     assert found[:-1] == [(s, 1 / (s + 1)) for s in range(1200)]
     assert found[-1][0] == 1200 and math.isnan(found[-1][1])
     assert len(history(store, run_id, "lr.backbone")) == 1200
-    folder = backend.client(store).get_run(run_id).info.artifact_uri
-    with open(f"{folder}/load_report.md") as file:
-        assert file.read() == "weights from s3://bucket/x"
 
 
 def test_steps_never_repeat_after_a_training_went_back(store: str) -> None:
@@ -139,7 +131,7 @@ def test_a_store_that_hangs_holds_nothing_up_and_loses_only_the_oldest(
     assert logger.flush(timeout_s=5)
     assert logger.close() == 50
     assert [s for _, s in fake.rows] == [0, *range(51, 101)]
-    assert "50 metric values and 0 files of run r were not taken and are lost" in caplog.text
+    assert "50 metric values of run r were not taken and are lost" in caplog.text
 
 
 def test_a_store_that_was_away_gets_everything_and_is_reported_once(
@@ -150,11 +142,9 @@ def test_a_store_that_was_away_gets_everything_and_is_reported_once(
         logger.log(step, {"a": step})
         wait_for_call(fake, step // 5 + 1)
     fake.fail = None
-    logger.text("a.md", "x")
     assert logger.flush(timeout_s=5)
     assert logger.close() == 0
     assert [s for _, s in fake.rows] == list(range(20))
-    assert fake.texts == ["a.md"]
     warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warnings) == 1
     assert warnings[0].getMessage().startswith(
@@ -165,9 +155,8 @@ def test_close_gives_up_after_its_timeout_and_counts(fake: FakeClient, caplog: p
     fake.fail = ConnectionError("no route")
     logger = MetricLogger("x", "r")
     logger.log(0, {"a": 1, "b": 2})
-    logger.text("a.md", "x")
     assert logger.close(timeout_s=0.1) == 2
-    assert "2 metric values and 1 files" in caplog.text
+    assert "2 metric values of run r" in caplog.text
     logger._thread.join(5)
     assert not logger._thread.is_alive()
 

@@ -118,17 +118,6 @@ def test_more_settings_than_one_request_takes(store: str) -> None:
     assert len(backend.client(store).get_run(run_id).data.params) == 250
 
 
-def test_log_files_takes_a_file_or_a_folder(store: str, tmp_path: Path) -> None:
-    run_id = run.open_run(store, "exp", "files")
-    (tmp_path / "plots").mkdir()
-    (tmp_path / "plots" / "a.txt").write_text("a")
-    run.log_files(store, run_id, tmp_path / "plots", "evaluation")
-    run.log_files(store, run_id, tmp_path / "plots" / "a.txt")
-    paths = {f.path for f in backend.client(store).list_artifacts(run_id)}
-    assert paths == {"a.txt", "evaluation"}
-    assert [f.path for f in backend.client(store).list_artifacts(run_id, "evaluation")] == ["evaluation/a.txt"]
-
-
 def test_a_store_that_is_away_is_named_without_its_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(PreflightError, match=re.escape("http://127.0.0.1:9: connection refused")) as caught:
