@@ -54,6 +54,16 @@ Report = Callable[[dict[str, float], str | None], None]  # metrics, URL of the c
 
 def train(job: Job, rank: Rank, report: Report) -> None:
     """Train from the last checkpoint of `job` (or its start) to its end; called on every rank."""
+    logger = MetricLogger(job.tracking_uri, job.run_id) if rank.rank == 0 else None
+    try:
+        run(job, rank, report, logger)
+    finally:  # what was measured before a failure tells why
+        if logger:
+            logger.close()
+
+
+def run(job: Job, rank: Rank, report: Report, logger: MetricLogger | None) -> None:
+    """`train`, with the logger that rank 0 has."""
     s = from_flat(job.settings)
     manifest = read_manifest(s.data.train)
     val = validation_set(s.data)
@@ -71,7 +81,6 @@ def train(job: Job, rank: Rank, report: Report) -> None:
     ledger = Ledger(job.root, manifest, s.data.train)
     ledger.load()
     ledger.check(plan, start, s.data.max_bad_samples)
-    logger = MetricLogger(job.tracking_uri, job.run_id) if rank.rank == 0 else None
     if rank.rank == 0:
         print(f"{plan.epoch_samples} samples, {plan.steps_per_epoch} steps an epoch, {plan.left_out} left out of "
               f"each; {rank.world} ranks x {s.training.micro_batch} x {accumulation}; steps {start}..{last}", flush=True)
@@ -101,8 +110,6 @@ def train(job: Job, rank: Rank, report: Report) -> None:
         if not pending:
             began = time.perf_counter()
     report_memory(rank, logger, last)
-    if logger:
-        logger.close()
 
 
 def report_memory(rank: Rank, logger: MetricLogger | None, step: int) -> None:
@@ -266,7 +273,8 @@ def restore(engine: Engine, loader: TrainLoader, root: str, rank: Rank) -> int:
     newest: list[str | None] = [None]
     if rank.rank == 0:
         checkpoint.clean(root)
-        newest = [f.url for f in checkpoint.list_checkpoints(root)][-1:] or newest
+        if found := checkpoint.list_checkpoints(root):
+            newest[0] = found[-1].url
     if rank.world > 1:
         dist.broadcast_object_list(newest, src=0)
     url = newest[0]
