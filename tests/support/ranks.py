@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks in real processes."""
+"""Run a function on several ranks in real processes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _enter(rank: int, world: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], results: Any) -> None:
+def _enter(rank: int, world: int, port: int, backend: str, function: Callable[..., Any], args: tuple[Any, ...],
+           results: Any) -> None:
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
-                       "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
+                       "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1",
+                       "DS_ACCELERATOR": "cpu" if backend == "gloo" else "cuda"})
     import torch
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, rank=rank, world_size=world)
     try:
         results.put((rank, pickle.dumps(function(*args)), None))
     except BaseException:
@@ -28,14 +32,20 @@ def _enter(rank: int, world: int, port: int, function: Callable[..., Any], args:
         dist.destroy_process_group()
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240) -> list[Any]:
-    """`function(*args)` on ranks 0..world-1 of a fresh process group; their results in order of rank."""
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, backend: str = "gloo",
+              timeout_s: float = 240) -> list[Any]:
+    """`function(*args)` on ranks 0..world-1 of a fresh process group; their results in order of rank.
+
+    Args:
+        backend: gloo, or nccl with a GPU for each rank.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     context = mp.get_context("spawn")
     results = context.Queue()
-    processes = [context.Process(target=_enter, args=(r, world, port, function, args, results)) for r in range(world)]
+    processes = [context.Process(target=_enter, args=(r, world, port, backend, function, args, results))
+                 for r in range(world)]
     for p in processes:
         p.start()
     try:
