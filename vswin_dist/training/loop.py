@@ -270,15 +270,15 @@ def restore(engine: Engine, loader: TrainLoader, root: str, rank: Rank) -> int:
 
     Rank 0 removes what a killed save has left, and chooses for all ranks: they may see a listing at different times.
     """
-    newest: list[str | None] = [None]
+    newest = [""]
     if rank.rank == 0:
         checkpoint.clean(root)
-        if found := checkpoint.list_checkpoints(root):
-            newest[0] = found[-1].url
+        newest += [f.url for f in checkpoint.list_checkpoints(root)]
+    newest = newest[-1:]
     if rank.world > 1:
         dist.broadcast_object_list(newest, src=0)
-    url = newest[0]
-    if url is None:
+    [url] = newest
+    if not url:
         return 0
     position = checkpoint.read_position(url)
     engine.load_weights(checkpoint.load_tensors(url, checkpoint.MODEL))
