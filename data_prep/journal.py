@@ -246,6 +246,11 @@ def only_writer(out: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise DataError(f"another data-prep works on {out}") from error
-        for left in path.parent.rglob(".*.tmp"):  # by a run that was killed
-            left.unlink(missing_ok=True)
+        _remove_halves(path.parent)  # of a run that was killed
         yield
+        _remove_halves(path.parent)  # of workers that were killed in this one
+
+
+def _remove_halves(folder: Path) -> None:
+    for left in folder.rglob(".*.tmp"):
+        left.unlink(missing_ok=True)

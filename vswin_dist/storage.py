@@ -88,6 +88,9 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         # Some S3 servers (rclone) send the whole object's checksum with a part of it, and botocore then refuses the
         # part. What we read is checked by length and by the manifest's crc32 and sha256.
         options["config_kwargs"] = {"response_checksum_validation": "when_required"}
+        # Named here, although botocore reads it too: fsspec keeps one instance for equal arguments.
+        if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3"):
+            options["endpoint_url"] = endpoint
     try:
         fs, path = url_to_fs(absolute(url), **options)
     except (ValueError, ImportError) as error:
