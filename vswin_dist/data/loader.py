@@ -12,6 +12,7 @@ import itertools
 import multiprocessing
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -71,24 +72,24 @@ class _Failure:
     message: str
 
 
-class _Stream(IterableDataset[Any], Generic[T]):
+class _Stream(IterableDataset[Any], ABC, Generic[T]):
     """The batches of one rank; in a worker process, that worker's share of them."""
 
     def __init__(self, manifest: Manifest, base: str, settings: DataSettings) -> None:
         self.manifest, self.base, self.settings = manifest, base, settings
         self.environment = storage.environment()
 
+    @abstractmethod
     def batches(self) -> Iterator[list[T]]:
         """All batches of the rank, in order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def number(self, item: T) -> int:
         """The sample that `item` stands for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def collate(self, items: list[tuple[T, Future[bytes]]], members: Members) -> Any:
         """One batch from its items and their bytes."""
-        raise NotImplementedError
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()

@@ -152,7 +152,9 @@ def report(metrics: dict[str, float], checkpoint_url: str | None) -> None:
 
 def train_worker(config: dict[str, Any]) -> None:
     """What Ray Train runs on every rank."""
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # two lines of it for every checkpoint and rank
+    for name in list(logging.root.manager.loggerDict):  # two lines of theirs for every checkpoint and rank
+        if name.startswith("ray.train") or "/ray/train/" in name:
+            logging.getLogger(name).setLevel(logging.WARNING)
     storage.use_s3_endpoint(config["settings"]["storage.s3_endpoint"])
     job = loop.Job(**config)
     failure = Failure(job.root, job.submission)
