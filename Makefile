@@ -23,9 +23,9 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
-# Every fault, also those that a test run leaves out for their time.
+# Every fault and the real sets on S3, also what a test run leaves out for its time.
 faults: install
-	VSWIN_FAULTS=all $(BIN)/python -m pytest tests/faults
+	VSWIN_FAULTS=all $(BIN)/python -m pytest tests/faults tests/integration/test_data_prep.py
 
 lint: install
 	$(BIN)/ruff check .

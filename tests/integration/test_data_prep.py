@@ -40,6 +40,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     with start_s3(tmp_path_factory.mktemp("s3")) as server:
+        for name in ("raw", "shards", "real"):  # before the first request: rclone remembers the list of buckets
+            server.bucket(name)
         yield server
 
 
