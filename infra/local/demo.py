@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 from infra.local import motions
 from infra.local.cluster import RAY, Cluster, end_process, local_cluster
@@ -189,13 +190,21 @@ def first_path(folder: Path) -> str:
         return str(next(csv.DictReader(file))["path"])
 
 
+def _stop(number: int, _: FrameType | None) -> None:
+    """Unwind, so that everything started is ended; a second signal, which make sends on, must not cut that short."""
+    for other in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(other, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=None, help="a folder with one folder per class, or an index.csv")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that replace the recipe's")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that everything started is ended
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     return run(args.seed, args.data.absolute() if args.data else None, args.settings)
 
 
