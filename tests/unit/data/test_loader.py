@@ -131,7 +131,7 @@ def test_a_position_of_another_order_is_refused(motion_shards: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_video_is_replaced_by_the_same_one_always(motion_shards: Path, tmp_path: Path, workers: int) -> None:
-    chosen = [3, 17, 30, 41, 46]
+    chosen = range(0, 52, 3)  # so many that each step and each rank has some, whatever order the fingerprint gives
     with_bad_videos(motion_shards / "train", tmp_path / "train", chosen)
     batches = list(loader(tmp_path, f"data.workers={workers}", last=3))
     bad = [b for batch in batches for b in batch["bad"]]
