@@ -25,7 +25,7 @@ from data_prep.settings import Encoding
 
 # x264's AVX-512 code was seen to give now and then other bytes for the same frames (3 encodings in 100, AMD EPYC,
 # libavcodec 62.28); AVX2 and below never did. Other processors take x264's own choice.
-_STABLE_CODE = {"x264-params": "asm=avx2"} if platform.machine() in ("x86_64", "AMD64") else {}
+STABLE_CODE = {"x264-params": "asm=avx2"} if platform.machine() in ("x86_64", "AMD64") else {}
 _TURN = {90: ("transpose", "cclock"), 180: ("hflip,vflip", ""), 270: ("transpose", "clock")}
 
 
@@ -197,7 +197,7 @@ class _Writer:
             rate = min(rate, Fraction(encoding.max_fps).limit_denominator(1001))
         stream = self._container.add_stream("libx264", rate=rate, options={
             "preset": encoding.preset, "crf": str(encoding.crf), "tune": "fastdecode", "threads": "1",
-            "g": interval, "keyint_min": interval, "sc_threshold": "0", **_STABLE_CODE})
+            "g": interval, "keyint_min": interval, "sc_threshold": "0", **STABLE_CODE})
         context = stream.codec_context
         context.thread_count = 1
         context.width, context.height = self.size

@@ -14,6 +14,8 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.encode import STABLE_CODE
+
 MOTIONS = ("clockwise", "counter-clockwise", "down", "left", "right", "up")
 SHAPES = ("circle", "cross", "square", "triangle")
 SIZE, FRAMES, FPS = 64, 24, 12
@@ -65,7 +67,7 @@ def render(motion: str, shape: str, rng: np.random.Generator) -> NDArray[np.uint
 def write_video(path: Path, frames: NDArray[np.uint8]) -> None:
     """Encode uint8 [T, H, W, 3] as h264."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"crf": "18", "preset": "veryfast"})
+        stream = container.add_stream("libx264", rate=FPS, options={"crf": "18", "preset": "veryfast", **STABLE_CODE})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         stream.codec_context.thread_count = 1
         for image in frames:
@@ -76,7 +78,7 @@ def write_video(path: Path, frames: NDArray[np.uint8]) -> None:
 def make_dataset(folder: Path, videos: int, seed: int) -> Path:
     """Render `videos` clips below `folder`, the classes in turn, with ``index.csv`` (path, label, shape).
 
-    The same seed gives the same pixels. Returns the folder.
+    The same seed gives the same files. Returns the folder.
     """
     rows = []
     for number in range(videos):
