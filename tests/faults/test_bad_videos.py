@@ -14,6 +14,8 @@ def test_a_training_stops_beyond_its_budget_and_goes_on_within_a_larger_one(line
     url = f"data.train={line.home}/train"
     output = line.train("bad", url, "data.max_bad_samples=0.0", code=1)
     assert "videos do not decode, more than data.max_bad_samples=0 allows (8 always are)" in output
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "videos do not decode" in last and "a worker failed" not in last
     [ledger] = (line.home / "runs" / "bad").glob("*/quarantine.jsonl")
     first = [json.loads(text) for text in ledger.read_text().splitlines()]
     assert len(first) > 8

@@ -1,6 +1,6 @@
 """What feeding costs beside decoding: the plan, the first batch, the way from storage, and memory over many epochs.
 
-Each function measures one figure of the README and returns it; `jobs/benchmark.py` prints them.
+Each function measures one figure and returns it; `jobs/benchmark.py loader` prints them.
 """
 
 from __future__ import annotations
