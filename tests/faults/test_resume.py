@@ -23,7 +23,7 @@ STEPS = 12
 def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], timeout_s: float = 120) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
-        assert process.poll() is None, process.communicate()[0][-5000:]
+        assert process.poll() is None, process.stdout.read()[-5000:] if process.stdout else "it ended"
         assert time.monotonic() < end
         time.sleep(0.05)
 

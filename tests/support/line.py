@@ -63,11 +63,13 @@ class Line:
     def sets(self) -> list[str]:
         return [f"data.train={self.shards}/train", f"data.val={self.shards}/val"]
 
-    def start(self, job: str, *args: str) -> subprocess.Popen[str]:
-        """Start ``jobs/JOB.py`` in a process group of its own, its output together in a pipe."""
-        return subprocess.Popen([sys.executable, str(REPOSITORY / "jobs" / f"{job}.py"), *args], cwd=self.home,
-                                env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                start_new_session=True)
+    def start(self, job: str, *args: str, output: Path | None = None) -> subprocess.Popen[str]:
+        """Start ``jobs/JOB.py`` in a process group of its own, its output together in a pipe, or in the file `output`."""
+        with contextlib.ExitStack() as stack:
+            stdout = stack.enter_context(output.open("w")) if output else subprocess.PIPE
+            return subprocess.Popen([sys.executable, str(REPOSITORY / "jobs" / f"{job}.py"), *args], cwd=self.home,
+                                    env=self.environment, stdout=stdout, stderr=subprocess.STDOUT, text=True,
+                                    start_new_session=True)
 
     def run(self, job: str, *args: str, code: int = 0, timeout_s: float = 240) -> str:
         """Run ``jobs/JOB.py`` to its end; its output. Fails where it ends with another code than `code`."""

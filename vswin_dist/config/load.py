@@ -42,8 +42,8 @@ CHOICES = {
 REQUIRED = {f"{group}.{f.name}" for group, cls in GROUPS.items() for f in dataclasses.fields(cls)
             if f.default is dataclasses.MISSING}
 AT_LEAST_ONE = (
-    "data.frames", "data.stride", "data.size", "data.short_side", "training.workers", "training.epochs",
-    "training.max_steps", "training.global_batch", "training.micro_batch", "training.checkpoint_every",
+    "data.frames", "data.stride", "data.size", "data.short_side", "training.workers", "training.min_workers",
+    "training.epochs", "training.max_steps", "training.global_batch", "training.micro_batch", "training.checkpoint_every",
     "training.keep_checkpoints", "evaluation.every_epochs", "evaluation.clips", "evaluation.crops",
     "evaluation.batch", "data.prefetch", "data.repeats", "model.patch_size", "model.window_size",
 )
@@ -191,6 +191,9 @@ def _check_together(s: Settings) -> None:
     if s.optim.warmup_epochs > s.training.epochs:
         raise ConfigError(f"optim.warmup_epochs={s.optim.warmup_epochs:g} is longer than the training of "
                           f"training.epochs={s.training.epochs}: lower the one or raise the other")
+    if s.training.min_workers and s.training.min_workers > s.training.workers:
+        raise ConfigError(f"training.min_workers={s.training.min_workers} is more than "
+                          f"training.workers={s.training.workers}: lower the one or raise the other")
     if s.model.compile and s.training.zero_stage == 3:
         raise ConfigError("model.compile=true with training.zero_stage=3: the graph cannot hold weights that come and go; "
                           "take stage 2 or model.compile=false")

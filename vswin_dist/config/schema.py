@@ -69,6 +69,7 @@ class DataSettings:
 @dataclass(frozen=True)
 class TrainingSettings:
     workers: int = 2  # ranks
+    min_workers: int | None = None  # elastic: any number of ranks from here to `workers` that the batch divides by; None: no
     use_gpu: bool = False  # one GPU for each rank
     cpus_per_worker: float = 1.0  # reserved by Ray; also the threads of a CPU rank
     epochs: int = 30

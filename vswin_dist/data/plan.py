@@ -281,6 +281,21 @@ def check_batch(global_batch: int, world: int, micro_batch: int) -> int:
     return share // micro_batch
 
 
+def fitting_worlds(global_batch: int, least: int, most: int, micro_batch: int) -> dict[int, int]:
+    """The numbers of ranks from `least` to `most` that divide the global batch, each with its accumulation steps.
+
+    Raises:
+        ConfigError: none does.
+    """
+    fits = {}
+    for world in range(least, most + 1):
+        if global_batch % world == 0 and global_batch // world % micro_batch == 0:
+            fits[world] = check_batch(global_batch, world, micro_batch)
+    if not fits:
+        check_batch(global_batch, most, micro_batch)  # names the numbers
+    return fits
+
+
 def rank_share(num_samples: int, rank: int, world: int, batch: int) -> tuple[list[list[int]], int]:
     """Evaluation's split: every sample on exactly one rank, and the number of rounds that all ranks take.
 

@@ -10,7 +10,7 @@ import torch
 from vswin_dist import models, storage
 from vswin_dist.config import Settings
 from vswin_dist.data.mixing import check_pairs
-from vswin_dist.data.plan import check_batch, make_plan, validation_set
+from vswin_dist.data.plan import fitting_worlds, make_plan, validation_set
 from vswin_dist.data.sampling import resolve
 from vswin_dist.manifest import check_same_classes, check_shard_sizes, read_manifest
 from vswin_dist.tracking.run import tracking_uri
@@ -41,7 +41,8 @@ def preflight(s: Settings) -> Prepared:
     if val and s.data.val:
         check_same_classes(train.classes, val.classes, f"the validation set {s.data.val}")
         check_shard_sizes(val, s.data.val)
-    accumulation = check_batch(s.training.global_batch, s.training.workers, s.training.micro_batch)
+    t = s.training
+    worlds = fitting_worlds(t.global_batch, t.min_workers or t.workers, t.workers, t.micro_batch)
     check_pairs(s.data, s.training.micro_batch)
     plan = make_plan(train, s.data, s.run.seed, s.training.global_batch)
     with torch.device("meta"):
@@ -53,4 +54,4 @@ def preflight(s: Settings) -> Prepared:
         report = str(load(model, initial_weights(s.model.init, uri), s, dry_run=True))
     storage.check_writable(root)
     groups = parameter_groups(model.named_parameters(), s.optim)
-    return Prepared(s, uri, root, resumes, train, val, plan, accumulation, sum(g.elements for g in groups), groups, report)
+    return Prepared(s, uri, root, resumes, train, val, plan, worlds, sum(g.elements for g in groups), groups, report)

@@ -1,4 +1,4 @@
-"""Ray Train: the driver's part of a training. The only module of this package that imports Ray.
+"""Ray Train: the driver's part of a training. With `elastic` the only module of this package that imports Ray.
 
 `train` checks everything, opens the MLflow run, starts the ranks and registers the best checkpoint. A lost worker
 restarts the ranks within one submission; submitting the same `run.name` again resumes across submissions.
@@ -40,7 +40,7 @@ WORKER_ENV = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_ENABLE_PRIN
 class Resources:
     """What the ranks of a Ray Train job get."""
 
-    workers: int
+    worlds: tuple[int, ...]  # numbers of ranks that it may run on, ascending; the cluster's room decides between them
     use_gpu: bool
     cpus_per_worker: float
     max_failures: int
@@ -64,22 +64,24 @@ def cluster() -> Iterator[None]:
             ray.shutdown()
 
 
-def check_resources(resources: Resources, setting: str = "training.workers") -> None:
-    """Refuse a number of ranks, which `setting` sets, that the cluster can never hold.
+def check_resources(resources: Resources, setting: str) -> None:
+    """Refuse a number of ranks, which `setting` sets, that the cluster can never hold, its autoscaler's nodes counted.
 
     Raises:
         PreflightError: fewer CPUs or GPUs than asked for; names `setting`.
     """
     import ray
+    from ray._private.state import state
 
     have = ray.cluster_resources()
-    need = {"CPU": resources.workers * resources.cpus_per_worker}
-    if resources.use_gpu:
-        need["GPU"] = resources.workers
+    could = state.get_max_resources_from_cluster_config() or {}  # None where no autoscaler told what it may start
+    least = resources.worlds[0]
+    need = {"CPU": least * resources.cpus_per_worker} | ({"GPU": least} if resources.use_gpu else {})
     for kind, amount in need.items():
-        if have.get(kind, 0) < amount:
-            raise PreflightError(f"{setting}={resources.workers} needs {amount:g} {kind}s, the Ray cluster has "
-                                 f"{have.get(kind, 0):g}. Lower {setting}, or add nodes.")
+        most = max(have.get(kind, 0), could.get(kind, 0))
+        if most < amount:
+            raise PreflightError(f"{setting}={least} needs {amount:g} {kind}s, the Ray cluster has {most:g}. "
+                                 f"Lower {setting}, or add nodes.")
 
 
 def run_ranks(worker: Callable[[dict[str, Any]], None], config: dict[str, Any], resources: Resources, name: str,
@@ -94,13 +96,16 @@ def run_ranks(worker: Callable[[dict[str, Any]], None], config: dict[str, Any], 
         WorkFailed: a rank failed more often than allowed. KeyboardInterrupt: the job was stopped.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
+    from vswin_dist.training.elastic import FittingTrainer
+
+    least, most = resources.worlds[0], resources.worlds[-1]
     path, filesystem = _ray_storage(storage.join(root, "ray"))
     each = {"CPU": resources.cpus_per_worker} | ({"GPU": 1} if resources.use_gpu else {})
-    trainer = TorchTrainer(
-        worker, train_loop_config=config,
-        scaling_config=ScalingConfig(num_workers=resources.workers, use_gpu=resources.use_gpu,
+    trainer = FittingTrainer(
+        worker, train_loop_config=config, worlds=resources.worlds,
+        scaling_config=ScalingConfig(num_workers=(least, most) if least < most else most, use_gpu=resources.use_gpu,
                                      resources_per_worker=each),
         torch_config=TorchConfig(backend=None, timeout_s=1800),
         run_config=RunConfig(name=f"{name}-{uuid.uuid4().hex[:8]}", storage_path=path, storage_filesystem=filesystem,
@@ -183,8 +188,8 @@ def train(recipe_text: str, prepared: Prepared) -> dict[str, Any]:
 
 def _train(recipe_text: str, prepared: Prepared) -> dict[str, Any]:
     s = prepared.settings
-    resources = Resources(s.training.workers, s.training.use_gpu, s.training.cpus_per_worker, s.training.max_failures)
-    check_resources(resources)
+    resources = Resources(tuple(prepared.worlds), s.training.use_gpu, s.training.cpus_per_worker, s.training.max_failures)
+    check_resources(resources, "training.min_workers" if s.training.min_workers else "training.workers")
     uri, root = prepared.tracking_uri, prepared.root
     run_id = run.open_run(uri, s.tracking.experiment, s.run.name, prepared.resumes.run_id if prepared.resumes else None)
     mine = identity.Identity(run_id, prepared.train.fingerprint, to_flat(s), finished=False, step=0)
@@ -228,7 +233,7 @@ def record_start(recipe_text: str, prepared: Prepared, run_id: str) -> dict[str,
     if prepared.load_report:
         files["load_report.txt"] = prepared.load_report
     run.log_start(prepared.tracking_uri, run_id, settings=to_flat(s), recipe=recipe_text,
-                  source=str(lineage["source_commit"]), world_size=s.training.workers, datasets=datasets, files=files)
+                  source=str(lineage["source_commit"]), world_size=max(prepared.worlds), datasets=datasets, files=files)
     return lineage
 
 
@@ -244,7 +249,7 @@ def score(request: Request, ranks: int, use_gpu: bool, storage_root: str | None 
     if ranks == 1 and not use_gpu:
         return score_on_rank(request, Rank(0, 1, torch.device("cpu")))
     with cluster():
-        resources = Resources(ranks, use_gpu, 1.0, max_failures=0)
+        resources = Resources((ranks,), use_gpu, 1.0, max_failures=0)
         check_resources(resources, "--ranks")
         root = storage.join(storage.absolute(storage_root or str(storage.home())), f"evaluate-{uuid.uuid4().hex[:8]}")
         try:

@@ -34,6 +34,7 @@ from vswin_dist.training.engine import Engine
 from vswin_dist.training.optim import learning_rate_factor, parameter_groups
 from vswin_dist.training.start import initial_model
 
+SENT_WITHIN_S = 2.0  # what a checkpoint waits at most for the metrics before it to be sent
 LOG_EVERY = 10  # steps whose figures are fetched from the device and sent together
 
 
@@ -105,8 +106,10 @@ def run(job: Job, rank: Rank, report: Report, logger: MetricLogger | None) -> No
         if val and (done == last or (epoch_ends and (done // plan.steps_per_epoch) % s.evaluation.every_epochs == 0)):
             metrics = validate(engine, val, s, rank, logger, done)
         if saving or metrics:
+            if logger:  # ranks may end right after it, and what goes on from it logs none of its steps again
+                logger.flush(SENT_WITHIN_S)
             url = save(engine, job, s, manifest, loader, done, metrics, rank)
-            report({"step": done, "epoch": done / plan.steps_per_epoch, **metrics}, url)
+            report({"step": done, "steps_left": last - done, "epoch": done / plan.steps_per_epoch, **metrics}, url)
         if not pending:
             began = time.perf_counter()
     report_memory(rank, logger, last)

@@ -22,7 +22,7 @@ class Prepared:
     train: Manifest
     val: Manifest | None
     plan: Plan
-    accumulation: int
+    worlds: dict[int, int]  # numbers of ranks that the training may take -> accumulation steps
     parameters: int
     groups: list[ParameterGroup]
     load_report: str
@@ -37,8 +37,8 @@ class Prepared:
             f"data: {self.plan.epoch_samples} of {len(self.train.samples)} videos ({self.train.fingerprint}), "
             f"validation {val}; balance {s.data.balance}, {s.data.repeats} times in a batch",
             f"clips: {s.data.frames} frames, {s.data.sampling} sampling",
-            f"batch: {s.training.workers} ranks x micro-batch {s.training.micro_batch} x accumulation "
-            f"{self.accumulation} = {s.training.global_batch}",
+            *(f"batch: {world} ranks x micro-batch {s.training.micro_batch} x accumulation {accumulation} = "
+              f"{s.training.global_batch}" for world, accumulation in self.worlds.items()),
             f"steps: {steps} an epoch x {s.training.epochs} epochs = {steps * s.training.epochs}; "
             f"{self.plan.left_out} samples left out of each epoch",
             groups_table(self.groups, s.optim.lr)])
