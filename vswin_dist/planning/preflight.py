@@ -13,7 +13,7 @@ from vswin_dist.data.mixing import check_pairs
 from vswin_dist.data.plan import fitting_worlds, make_plan, validation_set
 from vswin_dist.data.sampling import resolve
 from vswin_dist.manifest import check_same_classes, check_shard_sizes, read_manifest
-from vswin_dist.tracking.run import tracking_uri
+from vswin_dist.tracking.run import check_store, tracking_uri
 from vswin_dist.training import identity
 from vswin_dist.training.optim import parameter_groups
 from vswin_dist.training.prepared import Prepared
@@ -26,7 +26,7 @@ def preflight(s: Settings) -> Prepared:
     What `s` leaves to the data is decided here, and nowhere else; the training runs with `Prepared.settings`.
 
     Raises:
-        ConfigError, DataError, CheckpointError: what is wrong, with the values.
+        ConfigError, DataError, CheckpointError, PreflightError: what is wrong, with the values.
     """
     storage.use_s3_endpoint(s.storage.s3_endpoint)
     uri = tracking_uri(s.tracking.uri)
@@ -53,5 +53,6 @@ def preflight(s: Settings) -> Prepared:
     if s.model.init and not resumes:
         report = str(load(model, initial_weights(s.model.init, uri), s, dry_run=True))
     storage.check_writable(root)
+    check_store(uri)
     groups = parameter_groups(model.named_parameters(), s.optim)
     return Prepared(s, uri, root, resumes, train, val, plan, worlds, sum(g.elements for g in groups), groups, report)

@@ -51,6 +51,20 @@ def tracking_uri(setting: str | None) -> str:
     return f"{backend.SQLITE}{Path(path).expanduser().absolute()}{mark}{query}"
 
 
+def check_store(uri: str) -> None:
+    """Ask the store at `uri` something. A sqlite file that is not there yet is not made: its folder is tried.
+
+    Raises:
+        PreflightError: the store cannot be reached. DataError: the folder cannot be written.
+    """
+    path = Path(uri.removeprefix(backend.SQLITE).partition("?")[0])
+    if uri.startswith(backend.SQLITE) and not path.exists():
+        storage.check_writable(str(path.parent))
+        return
+    with backend.reachable(uri):
+        backend.client(uri).search_experiments(max_results=1)
+
+
 def open_run(uri: str, experiment: str, run_name: str, run_id: str | None = None) -> str:
     """Create the run of a training, or with `run_id` open that one again (its state is RUNNING afterwards).
 

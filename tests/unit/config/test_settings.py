@@ -85,6 +85,12 @@ def test_a_compiled_model_needs_its_weights_whole() -> None:
         load_settings("demo", ["data.train=x", "model.compile=true", "training.zero_stage=3"])
 
 
+def test_the_least_number_of_ranks_is_not_above_the_most() -> None:
+    assert load_settings("demo", [*DATA, "training.min_workers=2"]).training.min_workers == 2
+    with pytest.raises(ConfigError, match=r"training.min_workers=3 is more than training.workers=2: lower the one"):
+        load_settings("demo", [*DATA, "training.min_workers=3"])
+
+
 def test_planes_need_an_even_size() -> None:
     odd = ["data.train=x", "data.size=33"]
     assert load_settings("demo", [*odd, "data.pixel_format=rgb"]).data.size == 33

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vswin_dist.config.schema import DataSettings
-from vswin_dist.data.plan import Plan, check_batch, make_plan, rank_share, validation_set
+from vswin_dist.data.plan import Plan, check_batch, fitting_worlds, make_plan, rank_share, validation_set
 from vswin_dist.errors import ConfigError
 from vswin_dist.manifest import Manifest, Sample, Shard, write_manifest
 
@@ -148,6 +148,13 @@ def test_sizes_that_do_not_divide_are_refused_with_the_numbers(world: int, micro
     with pytest.raises(ConfigError) as error:
         check_batch(16, world, micro)
     assert message in str(error.value)
+
+
+def test_an_elastic_training_skips_the_numbers_of_ranks_that_do_not_divide() -> None:
+    assert fitting_worlds(48, 1, 16, 2) == {1: 24, 2: 12, 3: 8, 4: 6, 6: 4, 8: 3, 12: 2}  # 16: a share of 3, in twos
+    assert fitting_worlds(48, 5, 7, 1) == {6: 8}
+    with pytest.raises(ConfigError, match=r"does not divide by training.workers=11: 4 samples would be left"):
+        fitting_worlds(48, 9, 11, 1)
 
 
 def test_what_cannot_be_planned_is_refused() -> None:
