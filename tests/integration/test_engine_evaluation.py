@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.support.ranks import run_ranks
 from vswin_dist.config import load_settings
+from vswin_dist.config.schema import OptimSettings, TrainingSettings
 from vswin_dist.errors import WorkFailed
 from vswin_dist.evaluation.evaluate import Rank
 from vswin_dist.manifest import read_manifest
-from vswin_dist.models import build_model
+from vswin_dist.models import VideoSwin, build_model, swin3d
+from vswin_dist.models.stochastic import sample_keys
 from vswin_dist.training import loop
 from vswin_dist.training.engine import Engine, deepspeed_config
 from vswin_dist.training.optim import parameter_groups
@@ -57,6 +60,35 @@ def test_validation_in_bf16_changes_no_step(motion_shards: Path, stage: int) -> 
     plain, validated = (run_ranks(2, train_and_validate, val, stage, between) for between in (False, True))
     assert validated == plain
     assert validated[0] == validated[1] and 0 < validated[0][1] < 10
+
+
+def compiled_steps(compiled: bool) -> tuple[list[float], int]:
+    """The losses of three steps at ZeRO-2 in fp32, and how many graphs were made; the compiler itself is left out."""
+    graphs = CompileCounterWithBackend("aot_eager")
+    captured = torch.compile(VideoSwin._compute, dynamic=False, fullgraph=True, backend=graphs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(swin3d, "_compiled", lambda: captured)
+        optim = OptimSettings(lr=1e-2, gradient_clipping=1.0)
+        training = TrainingSettings(micro_batch=2, global_batch=4, zero_stage=2, precision="fp32")
+        torch.manual_seed(0)
+        model = build_model("swin_nano", num_classes=2, drop_path_rate=0.5, depths=(1, 1, 1), compile=compiled)
+        engine = Engine(model, parameter_groups(model.named_parameters(), optim), training, optim, 1, CPU)
+        generator, losses = torch.Generator().manual_seed(dist.get_rank()), []
+        for step in range(3):
+            clips = torch.randn(2, 3, 8, 32, 32, generator=generator)
+            engine.set_learning_rate(1.0)
+            logits = engine.forward(clips, sample_keys(0, step, torch.arange(2)))
+            loss = torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1]))
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+    return losses, graphs.frame_count
+
+
+def test_a_compiled_model_trains_in_the_engine_as_a_plain_one() -> None:
+    for (plain, none), (compiled, one) in zip(*(run_ranks(2, compiled_steps, c) for c in (False, True)), strict=True):
+        assert compiled == pytest.approx(plain, rel=1e-4)
+        assert (none, one) == (0, 1)
 
 
 def lose_a_loss() -> str:
