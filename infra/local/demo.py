@@ -29,6 +29,7 @@ from infra.local.stills import pretrain
 from vswin_dist import storage
 from vswin_dist.config import load_settings
 from vswin_dist.errors import DataError, WorkFailed, run_command
+from vswin_dist.manifest import read_manifest
 from vswin_dist.tracking.provenance import source_version
 from vswin_dist.tracking.run import tracking_uri
 
@@ -127,6 +128,15 @@ def prepare(demo: Demo, data: Path | None) -> dict[str, int] | None:
     return labels
 
 
+def lengthened(clips: int) -> list[str]:
+    """The settings that train on a set of fewer clips than the rendered one for as many steps, scored as often."""
+    recipe, times = load_settings("demo", ["data.train="]), max(TRAIN_VIDEOS / clips, 1)
+    return [f"training.epochs={round(recipe.training.epochs * times)}",
+            f"optim.warmup_epochs={recipe.optim.warmup_epochs * times:g}",
+            f"evaluation.every_epochs={round(recipe.evaluation.every_epochs * times)}",
+            f"training.checkpoint_every={TRAIN_VIDEOS // recipe.training.global_batch}"]
+
+
 def submit(demo: Demo, cluster: Cluster, overrides: list[str]) -> str:
     """Train through the real `ray job submit`; returns its output."""
     variables = {"VSWIN_HOME": str(storage.home()), "VSWIN_SOURCE_COMMIT": source_version(REPOSITORY)}
@@ -145,13 +155,14 @@ def run(seed: int, data: Path | None, extra: list[str]) -> int:
     demo.folder.mkdir(parents=True, exist_ok=True)
     labels = prepare(demo, data)
     sets = [f"data.{part}={demo.folder / 'shards' / part}" for part in ("train", "val")]
-    overrides = [f"run.name={name}", "run.fresh=true", f"run.seed={seed}", *sets, *extra]
+    clips = len(read_manifest(sets[0].partition("=")[2]).samples)
+    overrides = [f"run.name={name}", "run.fresh=true", f"run.seed={seed}", *sets, *lengthened(clips), *extra]
     settings = load_settings("demo", overrides)
 
     print("\ntraining a small 2D Swin on still frames", flush=True)
     started = time.perf_counter()
     weights = demo.folder / "swin_nano_2d.pth"
-    stills = pretrain(settings, labels, 5, weights)
+    stills = pretrain(settings, labels, max(5, 5 * TRAIN_VIDEOS // clips), weights)
     demo.times["2D weights"] = time.perf_counter() - started
     inflated = demo.command("inflate", sys.executable, "jobs/inflate.py", "--weights", str(weights), "--recipe", "demo",
                             "--register", f"{name}-inflated", *overrides)
