@@ -17,12 +17,14 @@ class WindowAttention(nn.Module):
     """Multi-head self-attention inside (shifted) 3D windows (paper, section 3.2, equation 2).
 
     The table has one row per offset of the configured window: [(2T-1)(2H-1)(2W-1), h]. Its index is part of
-    the plan, outside of the module, so that the state dict holds parameters only.
+    the plan, outside of the module, so that the state dict holds parameters only. ``kernel`` says what computes
+    it, plain or triton (see `ops.window_attention`).
     """
 
     def __init__(self, dim: int, window: Triple, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.kernel = "plain"
         rows = (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1)
         self.relative_position_bias_table = nn.Parameter(torch.empty(rows, heads))
         self.qkv = Linear(dim, 3 * dim)
@@ -32,7 +34,7 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, plan: BatchPlan) -> Tensor:
         """Normalised tokens [B, N, C] -> [B, N, C]."""
         windows = to_windows(x, plan)
-        out = window_attention(self.qkv(windows), self._bias(plan), self.heads, plan)
+        out = window_attention(self.qkv(windows), self._bias(plan), self.heads, plan, self.kernel)
         return from_windows(self.proj(out), plan)
 
     def _bias(self, plan: BatchPlan) -> Tensor:
