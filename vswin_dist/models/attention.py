@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import Linear, from_windows, to_windows, window_attention
+from .ops import Linear, from_windows, to_windows, window_attention, window_bias
 from .windows import BatchPlan, Triple
 
 
@@ -34,13 +34,9 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, plan: BatchPlan) -> Tensor:
         """Normalised tokens [B, N, C] -> [B, N, C]."""
         windows = to_windows(x, plan)
-        out = window_attention(self.qkv(windows), self._bias(plan), self.heads, plan, self.kernel)
+        bias = window_bias(self.relative_position_bias_table, plan, self.kernel)
+        out = window_attention(self.qkv(windows), bias, self.heads, plan, self.kernel)
         return from_windows(self.proj(out), plan)
-
-    def _bias(self, plan: BatchPlan) -> Tensor:
-        """Bias of each pair of tokens of a window, [h, L, L]; gathered once per call."""
-        chosen = self.relative_position_bias_table.t().index_select(1, plan.index)
-        return chosen.view(-1, plan.length, plan.length)
 
 
 class TemporalAttention(nn.Module):

@@ -103,16 +103,28 @@ def check_kernel(kernel: str, device: torch.device, dtype: torch.dtype) -> None:
         raise ConfigError(f"attention_kernel=triton computes in float32 and less, not in float64: {remedy}")
 
 
+def window_bias(table: Tensor, plan: BatchPlan, kernel: str = "plain") -> Tensor:
+    """Bias of each pair of tokens of a window, [h, L, L], from the table [rows, h]; gathered once per call."""
+    if kernel == "triton":
+        from . import triton_attention
+
+        return triton_attention.window_bias(table, plan)
+    return table.t().index_select(1, plan.index).view(-1, plan.length, plan.length)
+
+
 def window_attention(qkv: Tensor, bias: Tensor, heads: int, plan: BatchPlan, kernel: str = "plain") -> Tensor:
     """Attention inside each window. qkv [nWB, L, 3C], bias [h, L, L] -> [nWB, L, C].
 
-    Plain: windows of one mask pattern are neighbours, so each pattern takes one call with one [h, L, L] mask.
-    ``kernel`` triton takes all windows at once, see `triton_attention`; `check_kernel` says whether it can.
+    Plain: windows of one mask pattern are neighbours, so each pattern takes one call with one [h, L, L] mask. On CUDA,
+    PyTorch then writes the mask's gradient out for every window before it is summed, [n, h, L, L] with rows padded to
+    multiples of 16: 1.9 GB in all for the first stage of swin_l at 8 clips in bf16 (read in its sources, not measured).
+    ``kernel`` triton writes none and takes all windows at once, see `triton_attention`; `check_kernel` says whether it
+    can. flex_attention is no third way: it has no backward on the CPU (PyTorch 2.13), where it could be tested.
     """
     if kernel == "triton":
-        from .triton_attention import attention  # imports Triton, which the rest of the package does without
+        from . import triton_attention  # it imports Triton, which the rest of the package does without
 
-        return attention(qkv, bias, heads, plan)
+        return triton_attention.attention(qkv, bias, heads, plan)
     if cpu.usable(qkv, torch.float32, torch.float64) and bias.dtype == qkv.dtype:
         return cpu.attention(qkv, bias, heads, plan.masked)
     count, length, channels = qkv.shape
