@@ -7,6 +7,7 @@ imported. It multiplies no bfloat16 (Triton 3.7), so that half precision is floa
 from __future__ import annotations
 
 import importlib.util
+import math
 import multiprocessing
 import os
 import re
@@ -39,13 +40,14 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-def gradients(qkv: Tensor, bias: Tensor, grad: Tensor, heads: int, plan: tuple, kernel: str) -> tuple[Tensor, ...]:
-    """Output, and the gradients of qkv and bias, for an upstream gradient."""
-    qkv, bias = qkv.clone().requires_grad_(), bias.clone().requires_grad_()
-    out = ops.window_attention(qkv, bias, heads, batch_plan(*plan, CPU, bias.dtype), kernel)
+def gradients(qkv: Tensor, table: Tensor, grad: Tensor, plan: tuple, kernel: str) -> tuple[Tensor, ...]:
+    """Output, and the gradients of the projection and the bias table, for an upstream gradient."""
+    qkv, table = qkv.clone().requires_grad_(), table.clone().requires_grad_()
+    made = batch_plan(*plan, CPU, table.dtype)
+    out = ops.window_attention(qkv, ops.window_bias(table, made, kernel), table.shape[1], made, kernel)
     out.backward(grad)
-    assert qkv.grad is not None and bias.grad is not None
-    return out.detach(), qkv.grad, bias.grad
+    assert qkv.grad is not None and table.grad is not None
+    return out.detach(), qkv.grad, table.grad
 
 
 def compare(plan: tuple, patterns: int, heads: int, width: int, dtype: torch.dtype, programs: int) -> None:
@@ -55,14 +57,14 @@ def compare(plan: tuple, patterns: int, heads: int, width: int, dtype: torch.dty
     triton_attention.PROGRAMS = programs
     made = batch_plan(*plan, CPU, dtype)
     assert len(made.rows) == patterns
-    windows, length = len(made.gather) // made.length, made.length
+    windows, rows = len(made.gather) // made.length, math.prod(2 * w - 1 for w in plan[1])
     rng = torch.Generator().manual_seed(0)
-    shapes = (windows, length, 3 * heads * width), (heads, length, length), (windows, length, heads * width)
+    shapes = (windows, made.length, 3 * heads * width), (rows, heads), (windows, made.length, heads * width)
     inputs = [torch.randn(shape, generator=rng).to(dtype) for shape in shapes]
-    found = gradients(*inputs, heads, plan, "triton")
-    wanted = gradients(*(x.double() for x in inputs), heads, plan, "plain")
+    found = gradients(*inputs, plan, "triton")
+    wanted = gradients(*(x.double() for x in inputs), plan, "plain")
     close = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 1e-2}
-    for name, a, b in zip(("out", "qkv", "bias"), found, wanted, strict=True):
+    for name, a, b in zip(("out", "qkv", "table"), found, wanted, strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(a.double(), b, **close, msg=lambda text, name=name: f"{name}: {text}")
 
