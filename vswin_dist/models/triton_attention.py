@@ -138,7 +138,8 @@ def _gather(table: Tensor, index: Tensor) -> Tensor:
 @torch.library.custom_op("vswin::window_bias_backward", mutates_args=())
 def _gather_backward(grad: Tensor, index: Tensor, rows: int) -> Tensor:
     """Gradient of the table [rows, h]: that of an embedding, which sorts on CUDA where index_select adds with atomics."""
-    return torch.ops.aten.embedding_dense_backward(grad.t().contiguous(), index, rows, -1, False)
+    out: Tensor = torch.ops.aten.embedding_dense_backward(grad.t().contiguous(), index, rows, -1, False)
+    return out
 
 
 @_gather.register_fake
