@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from vswin_dist.data import pixel_ops
 from vswin_dist.data.augment import augment, clip_rng
 from vswin_dist.data.mixing import cross_entropy, mix
 from vswin_dist.data.transforms import normalise, to_rgb
-from vswin_dist.models import VideoSwin, build_model
+from vswin_dist.models import VideoSwin, build_model, ops
 from vswin_dist.models.stochastic import sample_keys
+from vswin_dist.models.windows import batch_plan
 from vswin_dist.training.engine import Engine
 from vswin_dist.training.optim import parameter_groups
 
@@ -28,9 +30,9 @@ DATA = DataSettings(train="", frames=FRAMES, size=SIZE, rand_augment_ops=4, rand
                     mixup=0.8, cutmix=1.0)
 
 
-def network() -> VideoSwin:
+def network(**settings: Any) -> VideoSwin:
     torch.manual_seed(0)
-    return build_model("swin_nano", num_classes=CLASSES, drop_path_rate=0.2, head_dropout=0.5)
+    return build_model("swin_nano", num_classes=CLASSES, drop_path_rate=0.2, head_dropout=0.5, **settings)
 
 
 def clips(count: int = 4) -> Tensor:
@@ -51,9 +53,9 @@ def differing(a: Tensor, b: Tensor, by: int = 0) -> float:
     return ((a.cpu().int() - b.cpu().int()).abs() > by).float().mean().item()
 
 
-def gradients(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def gradients(device: str, dtype: torch.dtype, **settings: Any) -> tuple[Tensor, Tensor]:
     """Logits [B, K] and the flat gradient of a training step's forward and backward, float32 on the CPU."""
-    model = network().to(device, dtype).train()
+    model = network(**settings).to(device, dtype).train()
     inputs = normalise(clips().to(device), DATA.mean, DATA.std, dtype)
     logits = model(inputs, sample_keys(0, 3, torch.arange(4, device=device)))
     cross_entropy(logits, torch.arange(4, device=device), 0.1).backward()
@@ -63,6 +65,42 @@ def gradients(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def test_forward_and_backward_in_bf16_are_those_of_the_cpu() -> None:
     (found, slope), (wanted, reference) = gradients(GPU, torch.bfloat16), gradients(CPU, torch.float32)
+    torch.testing.assert_close(found, wanted, atol=0.02, rtol=0.05)
+    assert torch.nn.functional.cosine_similarity(slope, reference, dim=0) > 0.99
+
+
+def attended(kernel: str, dtype: torch.dtype, grid: tuple[int, int, int]) -> tuple[Tensor, ...]:
+    """Output of attention in windows of 8 x 7 x 7, shifted, and its gradients to the projection and the bias table.
+
+    What goes in are numbers of bfloat16, whatever the dtype.
+    """
+    plan = batch_plan(grid, (8, 7, 7), (4, 3, 3), "offset", 2, torch.device(GPU), dtype)
+    rng = torch.Generator(GPU).manual_seed(0)
+    shapes = (len(plan.gather) // plan.length, plan.length, 3 * 4 * 32), (15 * 13 * 13, 4)
+    qkv, table = (torch.randn(s, generator=rng, device=GPU).bfloat16().to(dtype).requires_grad_() for s in shapes)
+    out = ops.window_attention(qkv, ops.window_bias(table, plan, kernel), 4, plan, kernel)
+    out.backward(torch.randn(out.shape, generator=rng, device=GPU).bfloat16().to(dtype))
+    assert qkv.grad is not None and table.grad is not None
+    return out.detach(), qkv.grad, table.grad
+
+
+@pytest.mark.parametrize("grid", [(16, 14, 14), (12, 10, 9), (4, 7, 7)])
+def test_the_triton_kernels_compute_what_the_plain_path_does(grid: tuple[int, int, int]) -> None:
+    wanted = attended("plain", torch.float64, grid)
+    for dtype, within in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        for found, exact in zip(attended("triton", dtype, grid), wanted, strict=True):
+            assert (found.double() - exact).norm() < within * exact.norm()
+
+
+def test_the_triton_kernels_give_the_same_bits_again() -> None:
+    runs = [attended("triton", torch.bfloat16, (16, 14, 14)) for _ in range(3)]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": "selective"}, {"compile": True}])
+def test_training_with_the_triton_kernels(settings: dict) -> None:
+    found, slope = gradients(GPU, torch.bfloat16, attention_kernel="triton", **settings)
+    wanted, reference = gradients(CPU, torch.float32)
     torch.testing.assert_close(found, wanted, atol=0.02, rtol=0.05)
     assert torch.nn.functional.cosine_similarity(slope, reference, dim=0) > 0.99
 
@@ -133,8 +171,9 @@ def _no_waiting_afterwards() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_no_waiting_afterwards")
-def test_a_steady_step_waits_for_nothing() -> None:
-    model = network().to(GPU, torch.bfloat16).train()
+@pytest.mark.parametrize("kernel", ["plain", "triton"])
+def test_a_steady_step_waits_for_nothing(kernel: str) -> None:
+    model = network(attention_kernel=kernel).to(GPU, torch.bfloat16).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     batch, labels = planes().pin_memory(), torch.arange(4).pin_memory()
     first = [feed_and_step(model, optimizer, batch, labels, step) for step in range(2)]  # plans and constants are made

@@ -38,6 +38,7 @@ CHOICES = {
     "model.shift": ("3d", "spatial", "none"),
     "model.bias_index": ("offset", "official"),
     "model.gradient_checkpointing": ("none", "block", "stage", "selective"),
+    "model.attention_kernel": ("plain", "triton"),
 }
 REQUIRED = {f"{group}.{f.name}" for group, cls in GROUPS.items() for f in dataclasses.fields(cls)
             if f.default is dataclasses.MISSING}
@@ -197,5 +198,8 @@ def _check_together(s: Settings) -> None:
     if s.model.compile and s.training.zero_stage == 3:
         raise ConfigError("model.compile=true with training.zero_stage=3: the graph cannot hold weights that come and go; "
                           "take stage 2 or model.compile=false")
+    if s.model.attention_kernel == "triton" and not s.training.use_gpu:
+        raise ConfigError("model.attention_kernel=triton with training.use_gpu=false: the kernel computes on CUDA devices; "
+                          "take training.use_gpu=true or model.attention_kernel=plain")
     if s.data.pixel_format == "yuv" and s.data.size % 2:
         raise ConfigError(f"data.pixel_format=yuv needs an even data.size, not {s.data.size}: chroma planes have half of it")

@@ -32,6 +32,7 @@ class ModelSettings:
     bias_index: str = "offset"  # offset | official
     gradient_checkpointing: str = "none"  # none | block | stage | selective
     compile: bool = False  # forward and backward of training by torch.compile; ZeRO stages 0 to 2
+    attention_kernel: str = "plain"  # of the windowed attention: plain | triton, on CUDA devices alone
 
 
 @dataclass(frozen=True)

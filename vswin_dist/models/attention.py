@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops import Linear, from_windows, to_windows, window_attention
+from .ops import Linear, from_windows, to_windows, window_attention, window_bias
 from .windows import BatchPlan, Triple
 
 
@@ -17,12 +17,14 @@ class WindowAttention(nn.Module):
     """Multi-head self-attention inside (shifted) 3D windows (paper, section 3.2, equation 2).
 
     The table has one row per offset of the configured window: [(2T-1)(2H-1)(2W-1), h]. Its index is part of
-    the plan, outside of the module, so that the state dict holds parameters only.
+    the plan, outside of the module, so that the state dict holds parameters only. ``kernel`` says what computes
+    it, plain or triton (see `ops.window_attention`).
     """
 
     def __init__(self, dim: int, window: Triple, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.kernel = "plain"
         rows = (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1)
         self.relative_position_bias_table = nn.Parameter(torch.empty(rows, heads))
         self.qkv = Linear(dim, 3 * dim)
@@ -32,13 +34,9 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, plan: BatchPlan) -> Tensor:
         """Normalised tokens [B, N, C] -> [B, N, C]."""
         windows = to_windows(x, plan)
-        out = window_attention(self.qkv(windows), self._bias(plan), self.heads, plan)
+        bias = window_bias(self.relative_position_bias_table, plan, self.kernel)
+        out = window_attention(self.qkv(windows), bias, self.heads, plan, self.kernel)
         return from_windows(self.proj(out), plan)
-
-    def _bias(self, plan: BatchPlan) -> Tensor:
-        """Bias of each pair of tokens of a window, [h, L, L]; gathered once per call."""
-        chosen = self.relative_position_bias_table.t().index_select(1, plan.index)
-        return chosen.view(-1, plan.length, plan.length)
 
 
 class TemporalAttention(nn.Module):

@@ -5,11 +5,15 @@ Shapes: B = clips, L = tokens of a window, nWB = windows of all clips, h = heads
 
 from __future__ import annotations
 
+import importlib
+import os
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vswin_dist.errors import ConfigError
 
 from . import cpu
 from .windows import BatchPlan
@@ -83,11 +87,44 @@ def mlp(x: Tensor, fc1: Linear, fc2: Linear) -> Tensor:
     return out
 
 
-def window_attention(qkv: Tensor, bias: Tensor, heads: int, plan: BatchPlan) -> Tensor:
+def check_kernel(kernel: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ConfigError where the attention kernel cannot compute for this device and dtype."""
+    if kernel != "triton":
+        return
+    remedy = "take attention_kernel=plain"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(f"attention_kernel=triton computes on CUDA devices, not on {device}: {remedy}")
+    try:
+        importlib.import_module(f"{__package__}.triton_attention")
+    except ImportError as error:
+        raise ConfigError(f"attention_kernel=triton needs the package triton, which CUDA builds of PyTorch bring; here: "
+                          f"{error}. Install it, or {remedy}") from error  # fmt: skip
+    if dtype == torch.float64:
+        raise ConfigError(f"attention_kernel=triton computes in float32 and less, not in float64: {remedy}")
+
+
+def window_bias(table: Tensor, plan: BatchPlan, kernel: str = "plain") -> Tensor:
+    """Bias of each pair of tokens of a window, [h, L, L], from the table [rows, h]; gathered once per call."""
+    if kernel == "triton":
+        from . import triton_attention
+
+        return triton_attention.window_bias(table, plan)
+    return table.t().index_select(1, plan.index).view(-1, plan.length, plan.length)
+
+
+def window_attention(qkv: Tensor, bias: Tensor, heads: int, plan: BatchPlan, kernel: str = "plain") -> Tensor:
     """Attention inside each window. qkv [nWB, L, 3C], bias [h, L, L] -> [nWB, L, C].
 
-    Windows of one mask pattern are neighbours, so each pattern takes one call with one [h, L, L] mask.
+    Plain: windows of one mask pattern are neighbours, so each pattern takes one call with one [h, L, L] mask. On CUDA,
+    PyTorch then writes the mask's gradient out for every window before it is summed, [n, h, L, L] with rows padded to
+    multiples of 16: 1.9 GB in all for the first stage of swin_l at 8 clips in bf16 (read in its sources, not measured).
+    ``kernel`` triton writes none and takes all windows at once, see `triton_attention`; `check_kernel` says whether it
+    can. flex_attention is no third way: it has no backward on the CPU (PyTorch 2.13), where it could be tested.
     """
+    if kernel == "triton":
+        from . import triton_attention  # it imports Triton, which the rest of the package does without
+
+        return triton_attention.attention(qkv, bias, heads, plan)
     if cpu.usable(qkv, torch.float32, torch.float64) and bias.dtype == qkv.dtype:
         return cpu.attention(qkv, bias, heads, plan.masked)
     count, length, channels = qkv.shape

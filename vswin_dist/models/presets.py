@@ -17,6 +17,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "shift": ("3d", "spatial", "none"),
     "bias_index": ("offset", "official"),
     "gradient_checkpointing": ("none", "block", "stage", "selective"),
+    "attention_kernel": ("plain", "triton"),
 }
 
 
@@ -37,6 +38,7 @@ class Architecture:
     bias_index: str = "offset"
     gradient_checkpointing: str = "none"
     compile: bool = False
+    attention_kernel: str = "plain"
 
     @property
     def attention_window(self) -> tuple[int, int, int]:
@@ -73,8 +75,12 @@ def resolve(name: str, num_classes: int, overrides: dict[str, Any]) -> Architect
 
 
 def settings_of(name: str, architecture: Architecture) -> dict[str, Any]:
-    """JSON-able settings such that ``build_model(**settings)`` gives the same architecture."""
+    """JSON-able settings such that ``build_model(**settings)`` gives the same architecture.
+
+    The attention kernel is no part of them: it belongs to the device, and the model may go to another.
+    """
     plain = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(architecture).items()}
+    del plain["attention_kernel"]
     return {"name": name, **plain}
 
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from vswin_dist.errors import ConfigError
 
+from .attention import WindowAttention
 from .blocks import NORM_EPS, PatchEmbed, PatchMerging, ResidualBlock, SwinBlock, TemporalBlock, recompute
+from .ops import check_kernel
 from .presets import Architecture, resolve, settings_of
 from .stochastic import HEAD_PLACE, dropout
 from .windows import BatchPlan, Triple
@@ -80,9 +82,11 @@ class VideoSwin(nn.Module):
         )
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.head = nn.Linear(dim, a.num_classes)
-        for block in self.modules():
-            if isinstance(block, ResidualBlock):
-                block.recompute_attention = a.gradient_checkpointing == "selective"
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                module.recompute_attention = a.gradient_checkpointing == "selective"
+            if isinstance(module, WindowAttention):
+                module.kernel = a.attention_kernel
         self.apply(_init_linear)
         nn.init.normal_(self.head.weight, std=0.01)
 
@@ -91,7 +95,7 @@ class VideoSwin(nn.Module):
 
         ``sample_keys`` int64 [B] (see `stochastic.sample_keys`) decide drop path and dropout in training;
         without them they are drawn. They do nothing in eval mode. Raises ConfigError for clips of another
-        shape or dtype.
+        shape or dtype, or where the attention kernel cannot compute.
         """
         keys = self._keys(clips, sample_keys)
         pooled = self._tokens(clips, keys, self._plans(clips)).mean(1)
@@ -163,6 +167,7 @@ class VideoSwin(nn.Module):
             raise ConfigError(f"clips are {clips.dtype} and the weights {wanted}: cast either, or run under autocast")
         if 0 in clips.shape:
             raise ConfigError(f"clips have an empty axis: {list(clips.shape)}")
+        check_kernel(self.architecture.attention_kernel, clips.device, clips.dtype)
 
 
 @lru_cache(maxsize=1)
@@ -185,6 +190,7 @@ def build_model(name: str = "swin_t", num_classes: int = 400, **overrides: Any) 
     Overrides: patch_size, window_size, embed_dim, depths, num_heads, drop_path_rate, head_dropout,
     attention_design (joint | split | factorized), shift (3d | spatial | none), bias_index (offset | official),
     gradient_checkpointing (none | block | stage | selective), compile (forward and backward of training by
-    torch.compile; evaluation runs as it is). Raises ConfigError for what is unknown or cannot be.
+    torch.compile; evaluation runs as it is), attention_kernel (plain | triton, of the windowed attention; triton
+    needs a CUDA device, and is not kept in the model's settings). Raises ConfigError for what is unknown or cannot be.
     """
     return VideoSwin(name, resolve(name, num_classes, overrides))

@@ -88,7 +88,8 @@ class BatchPlan:
     ``gather``: int64 [nW*B*L], row of the flat [B*N] tokens for each place, windows first, then clips;
     a place of padding names row 0 and is listed in ``padding`` (None where there is none).
     ``scatter``: int64 [B*N], its inverse. ``index``: rows of the bias table, int64 [L*L], see `bias_index`.
-    ``rows``: the windows by mask pattern, at most eight, neighbours each.
+    ``rows``: the windows by mask pattern, at most eight, neighbours each. The same for the Triton kernels:
+    ``regions``: int32 [patterns, L], region of each token; ``pattern``: int32 [nW*B], of each window.
     """
 
     def __init__(self, plan: WindowPlan, index: Tensor, batch: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -109,6 +110,9 @@ class BatchPlan:
                  region_mask(plan.window, p.cut, device, dtype) if any(p.cut) else None)
             for p in plan.patterns
         )  # fmt: skip
+        sizes = torch.tensor([part.stop - part.start for part in self.rows])
+        self.pattern = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(sizes).to(device)
+        self.regions = torch.stack([regions(plan.window, p.cut) for p in plan.patterns]).to(device, torch.int32)
 
     def masked(self, bias: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """Start and stop of each pattern's windows, and their bias [h, L, L] with the mask added."""
@@ -150,13 +154,18 @@ def batch_plan(
         return BatchPlan(plan, bias_index(window, plan.window, indexing, device), batch, device, dtype)
 
 
+def regions(window: Triple, cut: Triple) -> Tensor:
+    """Number of the region that each token of a window lies in, 0 to 7, by where the axes are cut: int64 [L]."""
+    sides = [(torch.arange(w) >= c) & (c > 0) for w, c in zip(window, cut, strict=True)]
+    a, b, c = torch.meshgrid(*sides, indexing="ij")
+    return (a.long() * 4 + b.long() * 2 + c.long()).reshape(-1)
+
+
 @lru_cache(maxsize=256)
 def region_mask(window: Triple, cut: Triple, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Additive mask of one pattern, [L, L]: 0 within a region, `MASK_VALUE` between regions."""
     with _plain_cpu():
-        sides = [(torch.arange(w) >= c) & (c > 0) for w, c in zip(window, cut, strict=True)]
-        a, b, c = torch.meshgrid(*sides, indexing="ij")
-        region = (a.long() * 4 + b.long() * 2 + c.long()).reshape(-1)
+        region = regions(window, cut)
         mask = (region[:, None] != region[None, :]).to(dtype) * MASK_VALUE
     return mask.to(device)
 

@@ -18,9 +18,9 @@ FILE = "run.json"
 # What may differ when a training goes on. Everything else makes it another training.
 FREE = {
     "run.fresh", "data.train", "data.val", "data.workers", "data.prefetch", "data.cache_gb", "data.max_bad_samples",
-    "model.init", "model.gradient_checkpointing", "model.compile", "training.workers", "training.min_workers",
-    "training.use_gpu", "training.cpus_per_worker", "training.micro_batch", "training.zero_stage", "training.max_steps",
-    "training.checkpoint_every", "training.keep_checkpoints", "training.max_failures",
+    "model.init", "model.gradient_checkpointing", "model.compile", "model.attention_kernel", "training.workers",
+    "training.min_workers", "training.use_gpu", "training.cpus_per_worker", "training.micro_batch", "training.zero_stage",
+    "training.max_steps", "training.checkpoint_every", "training.keep_checkpoints", "training.max_failures",
 }
 FREE_GROUPS = ("evaluation.", "tracking.", "storage.")
 

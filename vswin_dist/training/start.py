@@ -22,7 +22,8 @@ def model_overrides(s: Settings) -> dict[str, Any]:
     return {k: v for k, v in chosen.items() if v is not None} | {
         "drop_path_rate": s.model.drop_path_rate, "head_dropout": s.model.head_dropout,
         "attention_design": s.model.attention_design, "shift": s.model.shift, "bias_index": s.model.bias_index,
-        "gradient_checkpointing": s.model.gradient_checkpointing, "compile": s.model.compile}
+        "gradient_checkpointing": s.model.gradient_checkpointing, "compile": s.model.compile,
+        "attention_kernel": s.model.attention_kernel}
 
 
 def pinned(init: str | None, uri: str) -> str | None:

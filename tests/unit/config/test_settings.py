@@ -91,6 +91,13 @@ def test_the_least_number_of_ranks_is_not_above_the_most() -> None:
         load_settings("demo", [*DATA, "training.min_workers=3"])
 
 
+def test_the_triton_kernel_needs_a_gpu() -> None:
+    asked = ["data.train=x", "model.attention_kernel=triton"]
+    with pytest.raises(ConfigError, match=r"training\.use_gpu=false"):
+        load_settings("demo", asked)
+    assert load_settings("demo", [*asked, "training.use_gpu=true"]).model.attention_kernel == "triton"
+
+
 def test_planes_need_an_even_size() -> None:
     odd = ["data.train=x", "data.size=33"]
     assert load_settings("demo", [*odd, "data.pixel_format=rgb"]).data.size == 33

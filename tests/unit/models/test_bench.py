@@ -41,9 +41,15 @@ def test_verdicts() -> None:
 
     rows = [row("swin_l", 1.0, 40.0, 0.4), row("swin_l gradient_checkpointing=block", 1.2, 12.0, 0.3),
             row("torchvision", 2.5, 60.0, 0.2)]  # fmt: skip
-    assert [line.split(": ")[1][:4] for line in bench.gpu_claims({"rows": rows}).splitlines()] == ["2.50", "0.40", "0.20"]
+    *figures, choice = bench.gpu_claims({"rows": rows}).splitlines()
+    assert [line.split(": ")[1][:4] for line in figures] == ["2.50", "0.40", "0.20"]
+    assert choice == "fastest attention kernel: not measured"
     rows[2] = row("torchvision", None, None, None)  # did not fit
-    assert bench.gpu_claims({"rows": rows}).count("not measured") == 2
+    rows += [row("swin_l attention_kernel=triton", 0.9, 20.0, 0.4),
+             row("swin_l attention_kernel=triton compile=true", 0.8, 20.0, 0.5)]  # fmt: skip
+    claims = bench.gpu_claims({"rows": rows})
+    assert claims.count("not measured") == 2
+    assert "fastest attention kernel: triton, 1.25 times plain (in 'swin_l attention_kernel=triton compile=true')" in claims
 
 
 def test_bad_arguments() -> None:
