@@ -130,7 +130,7 @@ def prepare(demo: Demo, data: Path | None) -> dict[str, int] | None:
 
 def lengthened(clips: int) -> list[str]:
     """The settings that train on a set of fewer clips than the rendered one for as many steps, scored as often."""
-    recipe, times = load_settings("demo", ["data.train=-"]), max(TRAIN_VIDEOS / clips, 1)
+    recipe, times = load_settings("demo", ["data.train=any"]), max(TRAIN_VIDEOS / clips, 1)
     return [f"training.epochs={round(recipe.training.epochs * times)}",
             f"optim.warmup_epochs={recipe.optim.warmup_epochs * times:g}",
             f"evaluation.every_epochs={round(recipe.evaluation.every_epochs * times)}",

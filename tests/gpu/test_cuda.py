@@ -21,6 +21,7 @@ from vswin_dist.models.stochastic import sample_keys
 from vswin_dist.models.windows import batch_plan
 from vswin_dist.training.engine import Engine
 from vswin_dist.training.optim import parameter_groups
+from vswin_dist.training.start import be_deterministic
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU (torch.cuda.is_available())")
 
@@ -95,6 +96,20 @@ def test_the_triton_kernels_compute_what_the_plain_path_does(grid: tuple[int, in
 def test_the_triton_kernels_give_the_same_bits_again() -> None:
     runs = [attended("triton", torch.bfloat16, (16, 14, 14)) for _ in range(3)]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.fixture
+def _free_afterwards() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_free_afterwards")
+@pytest.mark.parametrize("kernel", ["plain", "triton"])
+def test_a_deterministic_training_gives_the_same_bits_again(kernel: str) -> None:
+    be_deterministic()
+    runs = [gradients(GPU, torch.bfloat16, attention_kernel=kernel)[1] for _ in range(3)]
+    assert all(torch.equal(run, runs[0]) for run in runs[1:])
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": "selective"}, {"compile": True}])

@@ -20,7 +20,8 @@ FREE = {
     "run.fresh", "data.train", "data.val", "data.workers", "data.prefetch", "data.cache_gb", "data.max_bad_samples",
     "model.init", "model.gradient_checkpointing", "model.compile", "model.attention_kernel", "training.workers",
     "training.min_workers", "training.use_gpu", "training.cpus_per_worker", "training.micro_batch", "training.zero_stage",
-    "training.max_steps", "training.checkpoint_every", "training.keep_checkpoints", "training.max_failures",
+    "training.deterministic", "training.max_steps", "training.checkpoint_every", "training.keep_checkpoints",
+    "training.max_failures",
 }
 FREE_GROUPS = ("evaluation.", "tracking.", "storage.")
 

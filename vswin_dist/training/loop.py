@@ -32,7 +32,7 @@ from vswin_dist.training import checkpoint
 from vswin_dist.training.checkpoint import Position
 from vswin_dist.training.engine import Engine
 from vswin_dist.training.optim import learning_rate_factor, parameter_groups
-from vswin_dist.training.start import initial_model
+from vswin_dist.training.start import be_deterministic, initial_model
 
 SENT_WITHIN_S = 2.0  # what a checkpoint waits at most for the metrics before it to be sent
 LOG_EVERY = 10  # steps whose figures are fetched from the device and sent together
@@ -66,6 +66,8 @@ def train(job: Job, rank: Rank, report: Report) -> None:
 def run(job: Job, rank: Rank, report: Report, logger: MetricLogger | None) -> None:
     """`train`, with the logger that rank 0 has."""
     s = from_flat(job.settings)
+    if s.training.deterministic:
+        be_deterministic()
     manifest = read_manifest(s.data.train)
     val = validation_set(s.data)
     plan = make_plan(manifest, s.data, s.run.seed, s.training.global_batch)

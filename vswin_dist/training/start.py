@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,17 @@ def initial_weights(init: str, uri: str) -> str:
         return init
     folder, _ = registry.resolve_model(uri, init)
     return storage.join(folder, registry.WEIGHTS)
+
+
+def be_deterministic() -> None:
+    """Have PyTorch take algorithms that give the same bits again, in this process; before the GPU is used.
+
+    Without it, on a GPU, the gradients of the bias tables are summed by atomics (not by the Triton kernels), and so are some
+    of attention and of the products.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # all of it is written before it is read
 
 
 def initial_model(s: Settings, num_classes: int, uri: str) -> tuple[models.VideoSwin, LoadReport | None]:

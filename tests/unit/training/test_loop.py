@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from vswin_dist.errors import WorkFailed
+from vswin_dist.config import load_settings, to_flat
+from vswin_dist.errors import DataError, WorkFailed
 from vswin_dist.evaluation.evaluate import Rank
 from vswin_dist.training import loop
 
@@ -52,3 +53,13 @@ def test_what_is_not_finite_stops_the_training_before_it_is_logged(loss: float, 
     with pytest.raises(WorkFailed, match=words):
         loop.flush([figures(6, 1.0), figures(7, loss, norm)], 0.0, PLAN, log, RANK, 18)  # type: ignore[arg-type]
     assert log.rows == {}
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_deterministic_training_begins_with_deterministic_algorithms(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+    monkeypatch.setattr(loop, "be_deterministic", lambda: begun.append(True))
+    settings = load_settings("demo", ["data.train=/none", f"training.deterministic={str(asked).lower()}"])
+    with pytest.raises(DataError, match="no shards at /none"):
+        loop.run(loop.Job(to_flat(settings), "", "", ""), RANK, lambda *_: None, None)
+    assert begun == [True] * asked
