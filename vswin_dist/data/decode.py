@@ -152,6 +152,8 @@ def _stream(container: av.container.InputContainer) -> Any:
     streams = [s for s in container.streams.video if "attached_pic" not in str(s.disposition).lower()]
     if not streams:
         raise ValueError("it has no video stream")
+    if streams[0].codec_context is None:
+        raise ValueError("its codec is unknown")
     streams[0].thread_type = "NONE"
     streams[0].codec_context.thread_count = 1
     return streams[0]
