@@ -149,8 +149,10 @@ def libav(data: bytes, clip: Clip) -> Callable[[], int]:
     stream.thread_type = "NONE"
     stream.codec_context.thread_count = 1
     packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
-    times = sorted(p.pts for p in packets)
-    spans = decode.spans(packets, {times[i] for i in clip.view.indices.tolist()})
+    times = [p.pts for p in packets]
+    keys = [place for place, p in enumerate(packets) if p.is_keyframe]
+    ordered = sorted(times)
+    spans = decode.spans(times, keys, {ordered[i] for i in clip.view.indices.tolist()})
 
     def run() -> int:
         count, decoder = 0, container.streams.video[0].codec_context

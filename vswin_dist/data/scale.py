@@ -28,8 +28,8 @@ class Scaler:
     Args: as those of `decode.decode_views`.
     """
 
-    def __init__(self, width: int, height: int, size: int, flip: bool, pixel_format: str) -> None:
-        self.width, self.height, self.size, self.flip, self.pixel_format = width, height, size, flip, pixel_format
+    def __init__(self, width: int, height: int, size: int, pixel_format: str) -> None:
+        self.width, self.height, self.size, self.pixel_format = width, height, size, pixel_format
         self._graphs: dict[tuple[Any, ...], av.filter.Graph] = {}
 
     def __call__(self, frame: av.VideoFrame, box: Box) -> list[NDArray[np.uint8]]:
@@ -44,7 +44,7 @@ class Scaler:
                 for p in (planes[i] for i in _PLANES[self.pixel_format][1])]
 
     def _build(self, frame: av.VideoFrame, box: Box) -> av.filter.Graph:
-        """buffer -> crop -> scale and convert -> [turn] -> [flip], for frames of this kind."""
+        """buffer -> crop -> scale and convert -> [turn], for frames of this kind."""
         turns = round(frame.rotation / 90) % 4
         top, left, height, width = self._on_frame(frame, box, turns)
         graph = av.filter.Graph()
@@ -56,7 +56,7 @@ class Scaler:
                  ("scale", f"{self.size}:{self.size}:flags=bilinear{self._made(frame)}"
                            f"{_chroma_place(frame, top, left, height, width)}"),
                  ("format", _PLANES[self.pixel_format][0]), *self._recoloured(frame), *_TURN.get(turns, ()),
-                 *([("hflip", "")] if self.flip else []), ("buffersink", "")]
+                 ("buffersink", "")]
         for before, after in itertools.pairwise([source, *(graph.add(name, how or None) for name, how in steps)]):
             before.link_to(after)
         graph.configure()

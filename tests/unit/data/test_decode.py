@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -112,8 +111,9 @@ class Counting:
         setattr(self.decoder, name, value)
 
 
-def test_frames_that_no_other_needs_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = write((picture(64, 48, 2 * i) for i in range(60)), (64, 48), "libx264", "mp4", g="20", bf="3",
+@pytest.mark.parametrize("container", ["mp4", "matroska"])
+def test_frames_that_no_other_needs_are_not_decoded(container: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write((picture(64, 48, 2 * i) for i in range(60)), (64, 48), "libx264", container, g="20", bf="3",
                  **{"b-pyramid": "none", "x264-params": "b-adapt=0:scenecut=0"})
     given: list[int] = []
     plain = decode._decode
@@ -123,12 +123,12 @@ def test_frames_that_no_other_needs_are_not_decoded(monkeypatch: pytest.MonkeyPa
 
 
 def test_spans_begin_at_key_frames_and_join() -> None:
-    order = [0, 4, 2, 1, 3, 8, 6, 5, 7, 12, 10, 9, 11]  # decoding order, by presentation number; key frames 0, 8, 12
-    packets: list[Any] = [SimpleNamespace(pts=t, is_keyframe=t in (0, 8, 12)) for t in order]
-    assert decode.spans(packets, [2]) == [(0, 3)]
-    assert decode.spans(packets, [7]) == [(0, 9)]  # an open group: decoded after key frame 8, shown before it
-    assert decode.spans(packets, [1, 11]) == [(0, 4), (5, 13)]
-    assert decode.spans(packets, [12, 9, 3]) == [(0, 12)]  # adjoining parts are one
+    times = [0, 4, 2, 1, 3, 8, 6, 5, 7, 12, 10, 9, 11]  # in decoding order; key frames are those at 0, 8, 12
+    keys = [0, 5, 9]
+    assert decode.spans(times, keys, [2]) == [(0, 3)]
+    assert decode.spans(times, keys, [7]) == [(0, 9)]  # an open group: decoded after key frame 8, shown before it
+    assert decode.spans(times, keys, [1, 11]) == [(0, 4), (5, 13)]
+    assert decode.spans(times, keys, [12, 9, 3]) == [(0, 12)]  # adjoining parts are one
 
 
 COLOURS = {  # pixels, matrix, full range, width, height
@@ -185,10 +185,11 @@ def test_boxes_are_cut_as_displayed(matrix: tuple[int, ...], clockwise: int, for
     assert count_frames(turned(plain, matrix), "v") == (3, width, height)
 
 
+@pytest.mark.parametrize("size", [32, 20])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_flip_mirrors_and_views_do_not_disturb_each_other(form: str) -> None:
+def test_a_flip_mirrors_and_views_do_not_disturb_each_other(form: str, size: int) -> None:
     data = write((picture(96, 64, i) for i in range(12)), (96, 64), g="6")
-    args: dict[str, Any] = {"frames": 12, "width": 96, "height": 64, "size": 32, "pixel_format": form, "name": "v"}
+    args: dict[str, Any] = {"frames": 12, "width": 96, "height": 64, "size": size, "pixel_format": form, "name": "v"}
     boxes = ((0, 0, 64, 64), (3, 20, 41, 50))
     views = [View(np.array(i), box) for i, box in itertools.product(([1, 3, 5], [5, 7, 1]), boxes)]
     together = decode_views(data, views, **args)
