@@ -49,7 +49,7 @@ def clip_shape(frames: int, size: int, pixel_format: str) -> tuple[int, ...]:
 
 
 def decode_views(data: bytes, views: Sequence[View], *, frames: int, width: int, height: int, size: int,
-                 flip: bool = False, pixel_format: str = "rgb", name: str) -> Tensor:
+                 flip: bool = False, pixel_format: str = "rgb", name: str, out: Tensor | None = None) -> Tensor:
     """Cut `views` out of a video; a frame that several of them share is decoded once.
 
     Args:
@@ -62,6 +62,7 @@ def decode_views(data: bytes, views: Sequence[View], *, frames: int, width: int,
         pixel_format: rgb, or yuv: planes Y [S, S], U and V [S/2, S/2] one after the other, BT.601 limited range with
             centred chroma whatever the video has; `transforms.to_rgb` takes them.
         name: what to call the video in an error.
+        out: where to write, of the result's shape; after an error it holds anything. None: a new tensor.
 
     Returns:
         uint8 [V, 3, T, S, S] (rgb) or [V, T, S * S * 3 / 2] (yuv), rotated as displayed, resized bilinearly with
@@ -76,7 +77,9 @@ def decode_views(data: bytes, views: Sequence[View], *, frames: int, width: int,
             places[index][view.box].append((v, t))
     if min(places) < 0 or max(places) >= frames:
         raise DataError(f"{name}: frames {min(places)}..{max(places)} asked for, it has {frames}")
-    out = torch.empty(len(views), *clip_shape(len(views[0].indices), size, pixel_format), dtype=torch.uint8)
+    shape = len(views), *clip_shape(len(views[0].indices), size, pixel_format)
+    out = torch.empty(shape, dtype=torch.uint8) if out is None else out
+    assert out.shape == shape, f"views of {shape} do not go into {tuple(out.shape)}"
     clips = out.numpy()
     scaler = Scaler(width, height, size, flip, pixel_format)
     left = set(places)
