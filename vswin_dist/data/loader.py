@@ -8,7 +8,6 @@ on (seed, epoch, sample, copy) alone.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
 import multiprocessing
@@ -39,7 +38,6 @@ from vswin_dist.manifest import Manifest
 
 AUGMENTATION, SUBSTITUTION = 1, 2  # first words of this module's random streams
 SUBSTITUTES = 32  # tried for one place
-TRIM_EVERY = 16  # batches of a worker
 
 T = TypeVar("T")
 
@@ -106,10 +104,8 @@ class _Stream(IterableDataset[Any], ABC, Generic[T]):
         ahead = read_ahead(mine, lambda item: members.read(self.number(item)),
                            lambda item: self.manifest.samples[self.number(item)].size)
         try:
-            for number, items in enumerate(ahead, start=1):
+            for items in ahead:
                 yield self.collate(items, members)
-                if worker and number % TRIM_EVERY == 0:
-                    _trim_heap()
         except DataError as error:
             yield _Failure(str(error))
         finally:
@@ -210,22 +206,12 @@ def _room(settings: DataSettings, *count: int) -> Tensor:
     """Room for ``[*count]`` clips, uint8; in a worker process in the memory that it shares with the one that takes them.
 
     A batch then costs no second copy. And what is decoded never lies in the process's heap, where blocks of a batch's
-    size leave holes that glibc does not fill again: workers of 0.2 GB grew to 0.9.
+    size leave holes that glibc does not fill again: workers grew to some forty times their batch.
     """
     shape = (*count, *clip_shape(settings.frames, settings.size, settings.pixel_format))
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
     return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape))).view(shape)
-
-
-def _trim_heap() -> None:
-    """Give the holes of this process's heap back to the system, where its C library can (glibc: 1 to 2 ms).
-
-    FFmpeg's aligned blocks of every video leave some; a worker grew by 10 to 200 MB in its first tens of epochs.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:
-        trim(0)
 
 
 def _end_with_parent() -> None:
