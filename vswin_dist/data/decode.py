@@ -6,6 +6,7 @@ everything goes to the decoder, except h264 frames that no other frame refers to
 
 from __future__ import annotations
 
+import contextlib
 import io
 from bisect import bisect_right
 from collections import defaultdict
@@ -157,6 +158,15 @@ def _stream(container: av.container.InputContainer) -> Any:
     return streams[0]
 
 
+@contextlib.contextmanager
+def _demuxed(container: av.container.InputContainer, stream: Any) -> Iterator[Iterator[Any]]:
+    """The packets of `stream`. Closed in any case: PyAV 18 leaks a packet where the reading is dropped half-way, and
+    each of them, though small, pins a place of the heap."""
+    packets: Any = container.demux(stream)
+    with contextlib.closing(packets):
+        yield packets
+
+
 def _by_packets(data: bytes, wanted: list[int], frames: int) -> Iterator[tuple[int, av.VideoFrame]]:
     """Decode what `wanted` needs; ends early where packets do not tell the frames, or do not decode."""
     with _open(data) as container:
@@ -184,17 +194,18 @@ def _packets(container: av.container.InputContainer, stream: Any, last: int, fra
     """
     packets: list[Any] = []
     told = stream.frames == frames
-    for packet in container.demux(stream):
-        if not packet.size or packet.is_discard:
-            continue
-        if packet.is_corrupt:  # what is made up for it depends on the frames before
-            return []
-        packets.append(packet)
-        ahead = len(packets) - last
-        if told and ahead > 0 and ahead % READ_AHEAD == 0 and packet.dts is not None:
-            times = [p.pts for p in packets]
-            if None not in times and sorted(times)[last] < packet.dts:
-                return packets
+    with _demuxed(container, stream) as demuxed:
+        for packet in demuxed:
+            if not packet.size or packet.is_discard:
+                continue
+            if packet.is_corrupt:  # what is made up for it depends on the frames before
+                return []
+            packets.append(packet)
+            ahead = len(packets) - last
+            if told and ahead > 0 and ahead % READ_AHEAD == 0 and packet.dts is not None:
+                times = [p.pts for p in packets]
+                if None not in times and sorted(times)[last] < packet.dts:
+                    return packets
     return packets if len(packets) == frames else []
 
 
@@ -227,8 +238,8 @@ def _decode(decoder: Any, packets: list[Any], number: dict[int, int], skips: boo
 def _from_start(data: bytes, wanted: list[int], frames: int) -> Iterator[tuple[int, av.VideoFrame]]:
     """Every frame by counting, as data_prep counts them: packets that do not decode give none."""
     number = 0
-    with _open(data) as container:
-        for packet in container.demux(_stream(container)):
+    with _open(data) as container, _demuxed(container, _stream(container)) as demuxed:
+        for packet in demuxed:
             try:
                 decoded = packet.decode()
             except av.FFmpegError:
