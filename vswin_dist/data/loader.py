@@ -184,7 +184,8 @@ class _ViewStream(_Stream[int]):
 
     def collate(self, items: list[tuple[int, Future[bytes]]], members: Members) -> ViewBatch:
         views = _room(self.settings, len(items), self.clips * self.crops)
-        indices, missing = [], []
+        indices: list[int] = []
+        missing: list[tuple[int, str]] = []
         for number, data in items:
             sample, found = self.manifest.samples[number], views[len(indices)]
             try:
