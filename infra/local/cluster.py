@@ -74,7 +74,7 @@ def local_cluster(cpus: int, env: dict[str, str] | None = None) -> Iterator[Clus
     Raises:
         RuntimeError: it did not come up; the message holds the end of its log.
     """
-    folder = Path(tempfile.mkdtemp(prefix="vswin-ray-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="vswin-ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))  # noqa: S108
     log = folder / "head.log"
     port, dashboard, agent, grpc, client = free_ports(5)
     command = [RAY, "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1",

@@ -162,7 +162,7 @@ def run(seed: int, data: Path | None, extra: list[str]) -> int:
     print("\ntraining a small 2D Swin on still frames", flush=True)
     started = time.perf_counter()
     weights = demo.folder / "swin_nano_2d.pth"
-    stills = pretrain(settings, labels, max(5, 5 * TRAIN_VIDEOS // clips), weights)
+    stills = pretrain(settings, labels, 5 * max(1, min(TRAIN_VIDEOS // clips, 4)), weights)
     demo.times["2D weights"] = time.perf_counter() - started
     inflated = demo.command("inflate", sys.executable, "jobs/inflate.py", "--weights", str(weights), "--recipe", "demo",
                             "--register", f"{name}-inflated", *overrides)

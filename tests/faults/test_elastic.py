@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from infra.local.cluster import RAY, Cluster, end_process, free_ports, local_cluster
-from tests.faults.test_resume import committed, wait_for
+from tests.faults.test_resume import committed
 from tests.support.line import SMALL, Line
+from tests.support.waiting import wait_until
 from vswin_dist.training import checkpoint
 
 LONG = ("training.epochs=1000", "evaluation.every_epochs=1000", "training.checkpoint_every=3", "training.zero_stage=2")
@@ -61,12 +62,12 @@ def test_nodes_go_and_come(line: Line, tmp_path: Path) -> None:
                                  output=log)
             stack.callback(process.wait)
             stack.callback(process.kill)
-            wait_for(lambda: committed(line.home, "elastic", 6), process)
-        wait_for(lambda: sizes(log) == [2, 1], process, 180)
+            wait_until(lambda: committed(line.home, "elastic", 6), process)
+        wait_until(lambda: sizes(log) == [2, 1], process, 180)
         with node(cluster, 2):
-            wait_for(lambda: sizes(log) == [2, 1, 2], process, 180)
+            wait_until(lambda: sizes(log) == [2, 1, 2], process, 180)
             steps = newest(line) + 6
-            wait_for(lambda: committed(line.home, "elastic", steps), process)
+            wait_until(lambda: committed(line.home, "elastic", steps), process)
             process.terminate()
             assert process.wait(60) == 130, log.read_text()[-5000:]
     line.env = {}

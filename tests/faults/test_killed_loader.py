@@ -37,7 +37,7 @@ def test_sigkill_ends_the_workers_and_their_forkserver(tmp_path: Path, motion_sh
     family = psutil.Process(rank.pid).children(recursive=True)
     rank.kill()
     rank.wait()
-    _, left = psutil.wait_procs(family, timeout=10)
+    _, left = psutil.wait_procs(family, timeout=60)
     for process in left:
         process.kill()
     assert said == "at work\n" and len(family) >= 4, "two workers, their forkserver and the resource tracker"

@@ -5,27 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.support.line import SMALL, Line, short_folder
+from tests.support.waiting import wait_until
 from vswin_dist.training import checkpoint
 
 EVERY_STEP = ("training.checkpoint_every=1", "training.epochs=4", "training.zero_stage=2")
 STEPS = 12
-
-
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], timeout_s: float = 120) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert process.poll() is None, process.stdout.read()[-5000:] if process.stdout else "it ended"
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def committed(home: Path, name: str, step: int) -> bool:
@@ -62,7 +52,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, motion_shards: Path) -
 def test_sigkill_and_the_same_command_again(line: Line, undisturbed: dict[int, float], ranks_afterwards: int) -> None:
     process = line.start("train", "--recipe", "demo", "run.name=cut", *line.sets(), *SMALL, *EVERY_STEP)
     try:
-        wait_for(lambda: committed(line.home, "cut", 5), process)
+        wait_until(lambda: committed(line.home, "cut", 5), process)
         family = psutil.Process(process.pid).children(recursive=True)
     finally:
         os.kill(process.pid, signal.SIGKILL)
@@ -85,7 +75,7 @@ def test_sigkill_and_the_same_command_again(line: Line, undisturbed: dict[int, f
 def test_a_killed_rank_is_restarted_within_the_submission(line: Line, undisturbed: dict[int, float]) -> None:
     process = line.start("train", "--recipe", "demo", "run.name=rank", *line.sets(), *SMALL, *EVERY_STEP)
     try:
-        wait_for(lambda: committed(line.home, "rank", 4), process)
+        wait_until(lambda: committed(line.home, "rank", 4), process)
         ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if is_rank(p)]
         assert len(ranks) == 2, ranks
         ranks[-1].kill()
@@ -103,7 +93,7 @@ def test_a_stopped_job_ends_its_ranks_and_its_run(line: Line) -> None:
     process = line.start("train", "--recipe", "demo", "run.name=stopped", *line.sets(), *SMALL, *EVERY_STEP,
                          "training.epochs=400")
     try:
-        wait_for(lambda: committed(line.home, "stopped", 2), process)
+        wait_until(lambda: committed(line.home, "stopped", 2), process)
         ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if is_rank(p)]
         process.terminate()
         output, _ = process.communicate(timeout=60)

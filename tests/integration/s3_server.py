@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.support.ports import free_port
 
 ACCESS_KEY = "vswin-test-key"
 SECRET_KEY = "vswin-test-secret"
@@ -57,7 +58,7 @@ class S3Server:
         self.process = subprocess.Popen(
             [program, "serve", "s3", "--addr", f"127.0.0.1:{self.port}", "--auth-key", f"{ACCESS_KEY},{SECRET_KEY}",
              "--config", os.devnull, str(self.folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while time.monotonic() < end:
             try:
                 urllib.request.urlopen(self.endpoint, timeout=1)
@@ -74,17 +75,14 @@ class S3Server:
         if self.process is not None:
             self.process.send_signal(signal.SIGCONT)
             self.process.terminate()
-            self.process.wait(10)
+            self.process.wait(60)
             self.process = None
 
 
 @contextmanager
 def start_s3(folder: Path) -> Iterator[S3Server]:
     """A server over `folder` for the time of the block."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = S3Server(folder, port)
+    server = S3Server(folder, free_port())
     server.start()
     try:
         yield server

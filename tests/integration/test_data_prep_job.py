@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.integration.s3_server import rclone, start_s3
+from tests.support.line import short_folder
+from tests.support.ports import free_port
+from tests.support.waiting import wait_until
 from tests.unit.data_prep.videos import make_folders
 
 pytest.importorskip("ray")
@@ -23,31 +25,26 @@ REPO = Path(__file__).resolve().parents[2]
 RAY = shutil.which("ray", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def ray_head(folder: Path, environment: dict[str, str]) -> Iterator[str]:
-    """A Ray head of two processors on free ports; yields its job server's address. Ended with all it started."""
+    """A Ray head of two processors on free ports; yields its job server's address. Ended with all it started.
+
+    Args:
+        folder: of a short path, for its files.
+    """
     dashboard = free_port()
-    # Ray's sockets need a short path
-    short = Path("/tmp") / f"vswin-ray-{os.getpid()}"
     head = subprocess.Popen(
         [str(RAY), "start", "--head", "--block", "--port", str(free_port()), "--dashboard-port", str(dashboard),
          "--dashboard-agent-listen-port", str(free_port()), "--ray-client-server-port", str(free_port()),
-         "--num-cpus", "2", "--temp-dir", str(short), "--disable-usage-stats"], env=environment, cwd=folder,
+         "--num-cpus", "2", "--temp-dir", str(folder), "--disable-usage-stats"], env=environment,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+    def answers() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", dashboard)) == 0
+
     try:
-        end = time.monotonic() + 60
-        while time.monotonic() < end:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", dashboard)) == 0:
-                    break
-            assert head.poll() is None, "ray start ended at once"
-            time.sleep(0.2)
+        wait_until(answers, head)
         yield f"http://127.0.0.1:{dashboard}"
     finally:
         import psutil
@@ -60,7 +57,6 @@ def ray_head(folder: Path, environment: dict[str, str]) -> Iterator[str]:
             head.wait()
         for process in psutil.wait_procs(family, 10)[1]:
             process.kill()
-        shutil.rmtree(short, ignore_errors=True)
 
 
 @pytest.mark.slow
@@ -71,7 +67,7 @@ def test_a_submitted_job_prepares_onto_s3(tmp_path: Path) -> None:
         bucket = s3.bucket("shards")
         environment = {**os.environ, **s3.environment, "RAY_USAGE_STATS_ENABLED": "0"}
         common = ["folder", "--videos", str(folders), "--shard-count", "4"]
-        with ray_head(tmp_path, environment) as address:
+        with short_folder() as folder, ray_head(folder, environment) as address:
             done = subprocess.run(
                 [str(RAY), "job", "submit", "--address", address, "--working-dir", str(REPO), "--", sys.executable,
                  "jobs/prepare.py", *common, "--out", f"{bucket}/set"], env=environment, cwd=tmp_path,

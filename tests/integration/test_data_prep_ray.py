@@ -15,7 +15,7 @@ pytest.importorskip("ray")
 REPO = Path(__file__).resolve().parents[2]
 
 DRIVER = """
-import os, signal, sys, threading, time
+import contextlib, os, signal, sys, threading, time
 from pathlib import Path
 import psutil
 from data_prep.cli import main
@@ -23,11 +23,12 @@ from data_prep.cli import main
 def kill_one():
     while True:
         time.sleep(0.02)
-        busy = [p for p in psutil.Process().children(recursive=True) if "_call" in " ".join(p.cmdline() or [])]
-        if busy and any(Path(sys.argv[1]).rglob("0*")):
-            busy[0].send_signal(signal.SIGKILL)
-            print("killed a worker", flush=True)
-            return
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "_call" in " ".join(process.cmdline()) and any(Path(sys.argv[1]).rglob("0*")):
+                    process.send_signal(signal.SIGKILL)
+                    print("killed a worker", flush=True)
+                    return
 
 if __name__ == "__main__":
     threading.Thread(target=kill_one, daemon=True).start()
@@ -36,7 +37,7 @@ if __name__ == "__main__":
 
 
 def test_the_same_bytes_on_ray_although_a_worker_dies(tmp_path: Path) -> None:
-    folders = make_folders(tmp_path / "in", classes=2, each=10, frames=40)
+    folders = make_folders(tmp_path / "in", classes=2, each=20, frames=40)
     common = ["shard", "folder", "--videos", str(folders), "--shard-count", "6"]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(REPO)}
     subprocess.run([sys.executable, "-m", "data_prep", *common, "--out", str(tmp_path / "local")], cwd=REPO, check=True,

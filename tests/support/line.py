@@ -33,10 +33,14 @@ def make_shards(folder: Path, train: int = 52, val: int = 12) -> Path:
     return folder
 
 
+short_folders: list[Path] = []  # all that this process has made
+
+
 @contextlib.contextmanager
 def short_folder() -> Iterator[Path]:
-    """A temporary folder with a short path."""
+    """A temporary folder with a short path, as Ray needs it for its sockets."""
     with tempfile.TemporaryDirectory(prefix="vs-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        short_folders.append(Path(folder))
         yield Path(folder)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import pickle  # not the queue's own pickling, which shares a tensor's memory with a process that has ended
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from tests.support.ports import free_port
 
 
 def _enter(rank: int, world: int, port: int, backend: str, function: Callable[..., Any], args: tuple[Any, ...],
@@ -39,9 +40,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, backend: str
     Args:
         backend: gloo, or nccl with a GPU for each rank.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     context = mp.get_context("spawn")
     results = context.Queue()
     processes = [context.Process(target=_enter, args=(r, world, port, backend, function, args, results))

@@ -7,6 +7,7 @@ each wanted frame to that frame everything goes to the decoder, except h264 fram
 
 from __future__ import annotations
 
+import contextlib
 import io
 from bisect import bisect_right
 from collections import defaultdict
@@ -51,7 +52,7 @@ def clip_shape(frames: int, size: int, pixel_format: str) -> tuple[int, ...]:
 
 
 def decode_views(data: bytes, views: Sequence[View], *, frames: int, width: int, height: int, size: int,
-                 flip: bool = False, pixel_format: str = "rgb", name: str) -> Tensor:
+                 flip: bool = False, pixel_format: str = "rgb", name: str, out: Tensor | None = None) -> Tensor:
     """Cut `views` out of a video; a frame that several of them share is decoded once.
 
     Args:
@@ -64,6 +65,7 @@ def decode_views(data: bytes, views: Sequence[View], *, frames: int, width: int,
         pixel_format: rgb, or yuv: planes Y [S, S], U and V [S/2, S/2] one after the other, BT.601 limited range with
             centred chroma whatever the video has; `transforms.to_rgb` takes them.
         name: what to call the video in an error.
+        out: where to write, of the result's shape; after an error it holds anything. None: a new tensor.
 
     Returns:
         uint8 [V, 3, T, S, S] (rgb) or [V, T, S * S * 3 / 2] (yuv), rotated as displayed, resized bilinearly with
@@ -78,7 +80,9 @@ def decode_views(data: bytes, views: Sequence[View], *, frames: int, width: int,
             places[index][view.box].append((v, t))
     if min(places) < 0 or max(places) >= frames:
         raise DataError(f"{name}: frames {min(places)}..{max(places)} asked for, it has {frames}")
-    out = torch.empty(len(views), *clip_shape(len(views[0].indices), size, pixel_format), dtype=torch.uint8)
+    shape = len(views), *clip_shape(len(views[0].indices), size, pixel_format)
+    out = torch.empty(shape, dtype=torch.uint8) if out is None else out
+    assert out.shape == shape, f"views of {shape} do not go into {tuple(out.shape)}"
     planes, pixels = _planes(out.numpy(), size), "u1"
     if flip:
         planes, pixels = _from_the_right(planes)
@@ -170,6 +174,15 @@ def _stream(container: av.container.InputContainer) -> Any:
     return streams[0]
 
 
+@contextlib.contextmanager
+def _demuxed(container: av.container.InputContainer, stream: Any) -> Iterator[Iterator[Any]]:
+    """The packets of `stream`. Closed in any case: PyAV 18 leaks a packet where the reading is dropped half-way, and
+    each of them, though small, pins a place of the heap."""
+    packets: Any = container.demux(stream)
+    with contextlib.closing(packets):
+        yield packets
+
+
 def _by_tables(video: mp4.Video, wanted: Collection[int]) -> Iterator[tuple[int, av.VideoFrame]]:
     """Decode what `wanted` needs; ends early where that does not decode."""
     decoder, number = video.decoder(), {i: i for i in wanted}
@@ -208,17 +221,18 @@ def _packets(container: av.container.InputContainer, stream: Any, last: int, fra
     """
     packets: list[Any] = []
     told = stream.frames == frames
-    for packet in container.demux(stream):
-        if not packet.size or packet.is_discard:
-            continue
-        if packet.is_corrupt:  # what is made up for it depends on the frames before
-            return []
-        packets.append(packet)
-        ahead = len(packets) - last
-        if told and ahead > 0 and ahead % READ_AHEAD == 0 and packet.dts is not None:
-            times = [p.pts for p in packets]
-            if None not in times and sorted(times)[last] < packet.dts:
-                return packets
+    with _demuxed(container, stream) as demuxed:
+        for packet in demuxed:
+            if not packet.size or packet.is_discard:
+                continue
+            if packet.is_corrupt:  # what is made up for it depends on the frames before
+                return []
+            packets.append(packet)
+            ahead = len(packets) - last
+            if told and ahead > 0 and ahead % READ_AHEAD == 0 and packet.dts is not None:
+                times = [p.pts for p in packets]
+                if None not in times and sorted(times)[last] < packet.dts:
+                    return packets
     return packets if len(packets) == frames else []
 
 
@@ -256,8 +270,8 @@ def _decode(decoder: Any, packets: list[Any], number: dict[int, int], skips: boo
 def _from_start(data: bytes) -> Iterator[tuple[int, av.VideoFrame]]:
     """Every frame by counting, as data_prep counts them: packets that do not decode give none."""
     number = 0
-    with _open(data) as container:
-        for packet in container.demux(_stream(container)):
+    with _open(data) as container, _demuxed(container, _stream(container)) as demuxed:
+        for packet in demuxed:
             try:
                 decoded = packet.decode()
             except av.FFmpegError:

@@ -9,6 +9,7 @@ on (seed, epoch, sample, copy) alone.
 from __future__ import annotations
 
 import itertools
+import math
 import multiprocessing
 import os
 import threading
@@ -27,6 +28,7 @@ from vswin_dist import storage
 from vswin_dist.config.schema import DataSettings
 from vswin_dist.data.augment import augment, clip_rng
 from vswin_dist.data.clips import train_clip, video_views
+from vswin_dist.data.decode import clip_shape
 from vswin_dist.data.fetch import Members, read_ahead
 from vswin_dist.data.mirror import flipped_classes
 from vswin_dist.data.plan import Draw, Plan, check_batch
@@ -127,21 +129,21 @@ class _TrainStream(_Stream[Draw]):
         return item.sample
 
     def collate(self, items: list[tuple[Draw, Future[bytes]]], members: Members) -> Batch:
-        clips, labels, numbers, bad = [], [], [], []
-        for draw, data in items:
-            clip, label, number, failed = self.clip(draw, data.result(), members)
+        clips = _room(self.settings, len(items))
+        labels, numbers, bad = [], [], []
+        for clip, (draw, data) in zip(clips, items, strict=True):
+            label, number, failed = self.clip(draw, data.result(), members, clip)
             if self.settings.pixel_format == "rgb":  # planes are augmented where they become RGB
-                clip = augment(clip, self.settings, clip_rng(self.plan.seed, draw.epoch, draw.sample, draw.copy))
-            clips.append(clip)
+                clip.copy_(augment(clip, self.settings, clip_rng(self.plan.seed, draw.epoch, draw.sample, draw.copy)))
             labels.append(label)
             numbers.append(number)
             bad += failed
         draws = [d.sample + d.copy * self.plan.num_samples for d, _ in items]
-        return {"clips": torch.stack(clips), "labels": torch.tensor(labels),
-                "indices": torch.tensor(numbers), "draws": torch.tensor(draws), "bad": bad}
+        return {"clips": clips, "labels": torch.tensor(labels), "indices": torch.tensor(numbers),
+                "draws": torch.tensor(draws), "bad": bad}
 
-    def clip(self, draw: Draw, data: bytes, members: Members) -> tuple[Tensor, int, int, list[Bad]]:
-        """(clip, its class, the sample that it shows, what did not decode before it).
+    def clip(self, draw: Draw, data: bytes, members: Members, out: Tensor) -> tuple[int, int, list[Bad]]:
+        """Write the clip to `out`: (its class, the sample that it shows, what did not decode before it).
 
         Raises:
             DataError: no substitute decodes either.
@@ -153,8 +155,8 @@ class _TrainStream(_Stream[Draw]):
         for _ in range(SUBSTITUTES):
             try:
                 sample = self.manifest.samples[number]
-                clip, label = train_clip(data, sample, self.settings, self.flipped[sample.class_id], rng)
-                return clip, label, number, [Bad(draw.step, draw.place, draw.epoch, i, why, number) for i, why in failed]
+                label = train_clip(data, sample, self.settings, self.flipped[sample.class_id], rng, out)
+                return label, number, [Bad(draw.step, draw.place, draw.epoch, i, why, number) for i, why in failed]
             except DataError as error:
                 failed.append((number, str(error)))
             if substitutes is None:  # in a stream of their own, which also augments them
@@ -181,23 +183,36 @@ class _ViewStream(_Stream[int]):
         return item
 
     def collate(self, items: list[tuple[int, Future[bytes]]], members: Members) -> ViewBatch:
-        views, indices, missing = [], [], []
+        views = _room(self.settings, len(items), self.clips * self.crops)
+        indices: list[int] = []
+        missing: list[tuple[int, str]] = []
         for number, data in items:
-            sample = self.manifest.samples[number]
+            sample, found = self.manifest.samples[number], views[len(indices)]
             try:
-                found = video_views(data.result(), sample.frames, sample.width, sample.height, sample.key,
-                                    self.settings, self.clips, self.crops)
+                video_views(data.result(), sample.frames, sample.width, sample.height, sample.key, self.settings,
+                            self.clips, self.crops, found)
             except DataError as error:
                 missing.append((number, str(error)))
                 continue
             if self.shuffle_frames:
                 order = np.random.default_rng([AUGMENTATION, number]).permutation(self.settings.frames)
-                found = found.index_select(2 if found.ndim == 5 else 1, torch.from_numpy(order))
-            views.append(found)
+                found.copy_(found.index_select(2 if found.ndim == 5 else 1, torch.from_numpy(order)))
             indices.append(number)
         labels = [self.manifest.samples[i].class_id for i in indices]
-        return {"views": torch.stack(views) if views else torch.empty(0), "missing": missing,
-                "labels": torch.tensor(labels, dtype=torch.int64), "indices": torch.tensor(indices, dtype=torch.int64)}
+        return {"views": views[:len(indices)], "labels": torch.tensor(labels, dtype=torch.int64),
+                "indices": torch.tensor(indices, dtype=torch.int64), "missing": missing}
+
+
+def _room(settings: DataSettings, *count: int) -> Tensor:
+    """Room for ``[*count]`` clips, uint8; in a worker process in the memory that it shares with the one that takes them.
+
+    A batch then costs no second copy. And what is decoded never lies in the process's heap, where blocks of a batch's
+    size leave holes that glibc does not fill again: workers grew to some forty times their batch.
+    """
+    shape = (*count, *clip_shape(settings.frames, settings.size, settings.pixel_format))
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape))).view(shape)
 
 
 def _end_with_parent() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import itertools
 from typing import Any
@@ -194,9 +195,32 @@ def test_a_flip_mirrors_and_views_do_not_disturb_each_other(form: str, size: int
     views = [View(np.array(i), box) for i, box in itertools.product(([1, 3, 5], [5, 7, 1]), boxes)]
     together = decode_views(data, views, **args)
     for v, view in enumerate(views):
-        assert torch.equal(together[v], decode_views(data, [view], **args)[0])
+        place = torch.empty_like(together[v])
+        decode_views(data, [view], **args, out=place[None])
+        assert torch.equal(together[v], place)
     flipped = to_rgb(decode_views(data, views, flip=True, **args))
     assert torch.equal(flipped, to_rgb(together).flip(-1))
+
+
+class Heap(ctypes.Structure):
+    """glibc's mallinfo2; `uordblks` are the bytes in use."""
+
+    _fields_ = [(n, ctypes.c_size_t) for n in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks",
+                                               "uordblks", "fordblks", "keepcost")]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="the C library does not tell of its heap")
+def test_reading_a_part_of_a_video_leaks_nothing() -> None:
+    data, in_use = video(30), ctypes.CDLL(None).mallinfo2
+    in_use.restype = Heap
+
+    def grown() -> int:
+        before = in_use().uordblks
+        for _ in range(100):
+            assert len(list(wanted_frames(data, [1, 5], 30))) == 2
+        return int(in_use().uordblks - before)
+
+    assert min(grown() for _ in range(4)) < 100 * 50, "an AVPacket alone has 104 bytes"
 
 
 def test_bad_files_are_named() -> None:

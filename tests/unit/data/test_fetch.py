@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.shards import with_damaged_storage
+from tests.support.waiting import wait_until
 from vswin_dist import storage
 from vswin_dist.data import fetch
 from vswin_dist.data.fetch import Members, read_ahead
@@ -20,11 +21,13 @@ from vswin_dist.manifest import read_manifest
 def test_batches_come_in_order_while_later_ones_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "AHEAD_BYTES", 60)
     begun: set[int] = set()
-    lock = threading.Lock()
+    lock, read_ahead_of_the_sixth = threading.Lock(), threading.Event()
 
     def read(item: int) -> bytes:
         with lock:
             begun.add(item)
+        if item >= 3 * 6:
+            read_ahead_of_the_sixth.set()
         time.sleep(0.001 * (item % 3))
         return bytes([item])
 
@@ -36,8 +39,7 @@ def test_batches_come_in_order_while_later_ones_are_read(monkeypatch: pytest.Mon
         assert max(begun) < 3 * (number + 2), "read beyond the bound"
         if number == 5:
             break
-    time.sleep(0.05)
-    assert max(begun) >= 3 * 6, "nothing was read ahead"
+    assert read_ahead_of_the_sixth.wait(60), "nothing was read ahead"
     ahead.close()
 
 
@@ -61,11 +63,9 @@ def test_members_from_copies_are_checked_and_replaced(motion_shards: Path, tmp_p
     plain, cached = (Members(manifest, str(motion_shards / "train"), gb) for gb in (0.0, 1.0))
     shard = manifest.shards[manifest.samples[3].shard]
     assert cached.cache and cached.read(3) == plain.read(3)
-    for _ in range(100):  # the copy is made in the background
-        if cached.cache.read(shard, 0, 1):
-            break
-        time.sleep(0.1)
-    assert cached.cache.read(shard, 0, 1) and cached.read(3) == plain.read(3)
+    cache = cached.cache
+    wait_until(lambda: cache.read(shard, 0, 1))  # the copy is made in the background
+    assert cached.read(3) == plain.read(3)
     with_damaged_storage(motion_shards / "train", tmp_path / "bad", 3)
     copy = next((tmp_path / "cache").glob("*/*.tar"))
     shutil.copy(tmp_path / "bad" / shard.url, copy)

@@ -53,7 +53,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeClient]:
 
 
 def wait_for_call(client: FakeClient, number: int = 1) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while client.calls < number:
         assert time.monotonic() < deadline, "no request came"
         time.sleep(0.002)
@@ -128,7 +128,7 @@ def test_a_store_that_hangs_holds_nothing_up_and_loses_only_the_oldest(
         logger.log(step, {"a": step})
     assert not logger.flush(timeout_s=0.05)
     fake.gate.set()
-    assert logger.flush(timeout_s=5)
+    assert logger.flush(timeout_s=60)
     assert logger.close() == 50
     assert [s for _, s in fake.rows] == [0, *range(51, 101)]
     assert "50 metric values of run r were not taken and are lost" in caplog.text
@@ -142,7 +142,7 @@ def test_a_store_that_was_away_gets_everything_and_is_reported_once(
         logger.log(step, {"a": step})
         wait_for_call(fake, step // 5 + 1)
     fake.fail = None
-    assert logger.flush(timeout_s=5)
+    assert logger.flush(timeout_s=60)
     assert logger.close() == 0
     assert [s for _, s in fake.rows] == list(range(20))
     warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
@@ -157,7 +157,7 @@ def test_close_gives_up_after_its_timeout_and_counts(fake: FakeClient, caplog: p
     logger.log(0, {"a": 1, "b": 2})
     assert logger.close(timeout_s=0.1) == 2
     assert "2 metric values of run r" in caplog.text
-    logger._thread.join(5)
+    logger._thread.join(60)
     assert not logger._thread.is_alive()
 
 
@@ -166,7 +166,7 @@ def test_what_the_store_refuses_for_good_is_dropped_and_the_rest_goes_on(fake: F
     logger = MetricLogger("x", "r")
     logger.log(0, {"a": 1})
     wait_for_call(fake)
-    assert logger.flush(timeout_s=5)
+    assert logger.flush(timeout_s=60)
     fake.fail = None
     logger.log(1, {"a": 1})
     assert logger.close() == 1
