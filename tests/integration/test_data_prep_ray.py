@@ -37,7 +37,7 @@ if __name__ == "__main__":
 
 
 def test_the_same_bytes_on_ray_although_a_worker_dies(tmp_path: Path) -> None:
-    folders = make_folders(tmp_path / "in", classes=2, each=20, frames=40)
+    folders = make_folders(tmp_path / "in", classes=2, each=10, frames=40)
     common = ["shard", "folder", "--videos", str(folders), "--shard-count", "6"]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(REPO)}
     subprocess.run([sys.executable, "-m", "data_prep", *common, "--out", str(tmp_path / "local")], cwd=REPO, check=True,
@@ -47,7 +47,7 @@ def test_the_same_bytes_on_ray_although_a_worker_dies(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(staging), *common, "--out", str(tmp_path / "ray"), "--ray", "local",
          "--workers", "2", "--work", str(staging)], cwd=tmp_path, env=environment, capture_output=True, text=True,
-        timeout=180)
+        timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     files = {p.name: p.read_bytes() for p in (tmp_path / "local").iterdir() if p.is_file()}
     assert {p.name: p.read_bytes() for p in (tmp_path / "ray").iterdir() if p.is_file()} == files

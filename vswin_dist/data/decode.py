@@ -11,7 +11,7 @@ import contextlib
 import io
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import av
@@ -188,7 +188,7 @@ def _by_tables(video: mp4.Video, wanted: Collection[int]) -> Iterator[tuple[int,
     decoder, number = video.decoder(), {i: i for i in wanted}
     try:
         for start, stop in spans(video.numbers.tolist(), video.keys.tolist(), number):
-            yield from _decode(decoder, video.packets(start, stop), number, True)
+            yield from _decode(decoder, video.packets(start, stop, number), number)
     except av.FFmpegError:
         return
 
@@ -256,8 +256,13 @@ def spans(times: Sequence[int], keys: Sequence[int], wanted: Collection[int]) ->
     return spans
 
 
-def _decode(decoder: Any, packets: list[Any], number: dict[int, int], skips: bool) -> Iterator[tuple[int, av.VideoFrame]]:
-    """The frames of one span whose times are in `number`; the decoder is empty before and after."""
+def _decode(decoder: Any, packets: Iterable[Any], number: dict[int, int],
+            skips: bool = False) -> Iterator[tuple[int, av.VideoFrame]]:
+    """The frames of one span whose times are in `number`; the decoder is empty before and after.
+
+    Args:
+        skips: have the decoder leave out those of the others that nothing refers to.
+    """
     for packet in [*packets, None]:  # None: give out what is waiting for its turn
         if skips and packet is not None:
             decoder.skip_frame = "DEFAULT" if packet.pts in number else "NONREF"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections import defaultdict
-from collections.abc import Set
+from collections.abc import Container, Iterator, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -70,16 +70,28 @@ class Video:
             setattr(decoder, name, value)
         return decoder
 
-    def packets(self, start: int, stop: int) -> list[av.Packet[Any]]:
-        """Samples `start` to `stop` as packets, whose time is the frame's number."""
-        made, data = [], memoryview(self.data)
+    def packets(self, start: int, stop: int, wanted: Container[int]) -> Iterator[av.Packet[Any]]:
+        """Those of the samples `start` to `stop` that the frames `wanted` need, as packets at the time of their number."""
+        data = memoryview(self.data)
         for offset, size, number in zip(*(a[start:stop].tolist() for a in (self.offsets, self.sizes, self.numbers)),
                                         strict=True):
-            packet: av.Packet[Any] = av.Packet(size)  # with zeros after it, as decoders need them
-            packet.update(data[offset:offset + size])
-            packet.pts = number
-            made.append(packet)
-        return made
+            if number in wanted or self._is_referred_to(offset, offset + size):
+                packet: av.Packet[Any] = av.Packet(size)  # with zeros after it, as decoders need them
+                packet.update(data[offset:offset + size])
+                packet.pts = number
+                yield packet
+
+    def _is_referred_to(self, at: int, stop: int) -> bool:
+        """Whether other frames may need the sample at bytes `at` to `stop`: nal_ref_idc of its slices (H.264, 7.4.1)."""
+        prefix, slices = (self.settings["extradata"][4] & 3) + 1, 0
+        while at + prefix < stop:
+            head = self.data[at + prefix]
+            if 1 <= head & 31 <= 5:
+                slices += 1
+                if head & 96:
+                    return True
+            at += prefix + int.from_bytes(self.data[at:at + prefix], "big")
+        return slices == 0
 
 
 def read(data: bytes) -> Video | None:
@@ -178,6 +190,7 @@ def _settings(data: bytes, part: _Part) -> dict[str, Any]:
     _check(count == 1 and reference == 1)
     more = _boxes(data, _Part(entry.start + _ENTRY, entry.stop), _DESCRIPTION)
     parameters = _one(more, b"avcC")
+    _check(parameters.stop - parameters.start > 6)
     settings = {"width": width, "height": height, "extradata": data[parameters.start:parameters.stop]}
     if more[b"colr"]:
         colour = _one(more, b"colr")
