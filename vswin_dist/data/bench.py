@@ -240,7 +240,7 @@ def _against(data: DataSettings, args: argparse.Namespace) -> int:
     passes = costs.cold_passes(data, args.against, args.batch, args.repeats)
     print(f"{data.train} (here), {args.against} (there), {data.workers} processes, batches of {args.batch}\n{passes}")
     print(json.dumps({"source": data.train, "against": args.against, "workers": data.workers, "batch": args.batch,
-                      "ratio": passes.ratio, **asdict(passes)}))
+                      "ratio": passes.ratio, "copied_ratio": passes.copied_ratio, **asdict(passes)}))
     return 0
 
 

@@ -5,10 +5,13 @@ Each function measures one figure and returns it; `jobs/benchmark.py loader` pri
 
 from __future__ import annotations
 
+import os
 import statistics
+import tempfile
 import time
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import psutil
@@ -97,33 +100,55 @@ class ColdPasses:
     """Clips per second of first passes over the same shards in two places, in turns."""
 
     here: list[float]
-    there: list[float]
+    there: list[float]  # members by offset
+    copied: list[float]  # the same, from copies of whole shards on this disk as soon as they are there
 
     @property
     def ratio(self) -> float:
         """`there` as a share of `here`, of the medians."""
         return statistics.median(self.there) / statistics.median(self.here)
 
+    @property
+    def copied_ratio(self) -> float:
+        """`copied` as a share of `here`, of the medians."""
+        return statistics.median(self.copied) / statistics.median(self.here)
+
     def __str__(self) -> str:
-        here, there = (f"{statistics.median(r):.1f} ({min(r):.1f} to {max(r):.1f})" for r in (self.here, self.there))
-        return f"first pass: {here} clips/s here, {there} there: {self.ratio:.3f} of it"
+        here, there, copied = (f"{statistics.median(r):.1f} ({min(r):.1f} to {max(r):.1f})"
+                               for r in (self.here, self.there, self.copied))
+        return (f"first pass: {here} clips/s here; {there} there by offset: {self.ratio:.3f} of it; {copied} there with "
+                f"copies of shards: {self.copied_ratio:.3f}")
 
 
 def cold_passes(data: DataSettings, other: str, batch: int, turns: int) -> ColdPasses:
-    """First passes over the shards `data.train` and those at `other`, `turns` each; no copies of shards are kept.
+    """First passes over the shards `data.train`, and over those at `other` without and with copies, `turns` each.
 
     Raises:
         DataError: the two hold different sets.
     """
-    prints = [read_manifest(url).fingerprint for url in (data.train, other)]
-    if prints[0] != prints[1]:
-        raise DataError(f"{data.train} holds the set {prints[0]}, {other} the set {prints[1]}: compare places of the "
-                        "same one")
-    found: dict[str, list[float]] = {data.train: [], other: []}
+    here, there = (read_manifest(url) for url in (data.train, other))
+    if here.fingerprint != there.fingerprint:
+        raise DataError(f"{data.train} holds the set {here.fingerprint}, {other} the set {there.fingerprint}: compare "
+                        "places of the same one")
+    room = 2 * sum(shard.bytes for shard in here.shards) / 1e9
+    found = ColdPasses([], [], [])
     for _ in range(turns):
-        for url, rates in found.items():
-            rates += clips_per_second(replace(data, train=url, cache_gb=0.0), batch)
-    return ColdPasses(*found.values())
+        for url, cache_gb, rates in ((data.train, 0.0, found.here), (other, 0.0, found.there), (other, room, found.copied)):
+            with tempfile.TemporaryDirectory() as folder, _cache_home(folder):
+                rates += clips_per_second(replace(data, train=url, cache_gb=cache_gb), batch)
+    return found
+
+
+@contextmanager
+def _cache_home(folder: str) -> Iterator[None]:
+    before = os.environ.get("VSWIN_CACHE")
+    os.environ["VSWIN_CACHE"] = folder
+    try:
+        yield
+    finally:
+        del os.environ["VSWIN_CACHE"]
+        if before is not None:
+            os.environ["VSWIN_CACHE"] = before
 
 
 @dataclass(frozen=True)

@@ -41,4 +41,5 @@ def test_first_passes_are_compared(motion_shards: Path, tmp_path: Path, capsys: 
     assert bench.main([f"{motion_shards}/train", "--against", f"{tmp_path}/there", "--workers", "1", "--repeats", "2",
                        "--frames", "8", "--size", "32", "--batch", "13"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert len(found["here"]) == len(found["there"]) == 2 and found["ratio"] > 0
+    assert len(found["here"]) == len(found["there"]) == len(found["copied"]) == 2
+    assert found["ratio"] > 0 and found["copied_ratio"] > 0
