@@ -79,7 +79,7 @@ class TrainingSettings:
     micro_batch: int = 1  # samples of one forward pass of one rank; the accumulation follows
     zero_stage: int = 1  # 0 | 1 | 2 | 3
     precision: str = "bf16"  # bf16 | fp32
-    deterministic: bool = False  # the same bits from run to run on a GPU, too: no sums by atomics, slower
+    deterministic: bool = False  # the same bits from run to run on a GPU, too: no sums by atomics
     checkpoint_every: int | None = None  # steps; None: once an epoch
     keep_checkpoints: int = 2  # newest that stay, beside the best
     max_failures: int = 3  # restarts after a lost worker within one submission
