@@ -287,10 +287,8 @@ def fitting_worlds(global_batch: int, least: int, most: int, micro_batch: int) -
     Raises:
         ConfigError: none does.
     """
-    fits = {}
-    for world in range(least, most + 1):
-        if global_batch % world == 0 and global_batch // world % micro_batch == 0:
-            fits[world] = check_batch(global_batch, world, micro_batch)
+    fits = {world: global_batch // (world * micro_batch) for world in range(least, most + 1)
+            if global_batch % (world * micro_batch) == 0}
     if not fits:
         check_batch(global_batch, most, micro_batch)  # names the numbers
     return fits

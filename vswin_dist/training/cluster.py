@@ -14,7 +14,6 @@ from typing import Any
 
 import ray
 import torch
-from ray._private.state import state
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train import report as ray_report
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
@@ -24,11 +23,11 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus,
 from vswin_dist import storage
 from vswin_dist.errors import PreflightError, WorkFailed
 from vswin_dist.evaluation.evaluate import Rank
+from vswin_dist.training.loop import STEPS_LEFT
 
 # Ray Train hands these on to the ranks. The first bounds how late a dead rank is seen; without the second, what a rank
 # prints appears twice.
 WORKER_ENV = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
-LEFT = "steps_left"  # the metric of the ranks that says whether more of them are worth a restart
 
 
 @dataclass(frozen=True)
@@ -58,20 +57,18 @@ def joined() -> Iterator[None]:
 
 
 def check_resources(resources: Resources, setting: str) -> None:
-    """Refuse a number of ranks, which `setting` sets, that the cluster can never hold, its autoscaler's nodes counted.
+    """Refuse a number of ranks, which `setting` sets, that the cluster does not hold, were it free.
 
     Raises:
         PreflightError: fewer CPUs or GPUs than asked for; names `setting`.
     """
     have = ray.cluster_resources()
-    could = state.get_max_resources_from_cluster_config() or {}  # None where no autoscaler told what it may start
     least = resources.worlds[0]
     need = {"CPU": least * resources.cpus_per_worker} | ({"GPU": least} if resources.use_gpu else {})
     for kind, amount in need.items():
-        most = max(have.get(kind, 0), could.get(kind, 0))
-        if most < amount:
-            raise PreflightError(f"{setting}={least} needs {amount:g} {kind}s, the Ray cluster has {most:g}. "
-                                 f"Lower {setting}, or add nodes.")
+        if have.get(kind, 0) < amount:
+            raise PreflightError(f"{setting}={least} needs {amount:g} {kind}s, the Ray cluster has "
+                                 f"{have.get(kind, 0):g}. Lower {setting}, or add nodes.")
 
 
 class FittingWorlds(ElasticScalingPolicy):
@@ -96,7 +93,7 @@ class FittingWorlds(ElasticScalingPolicy):
         self._maybe_send_resource_request()
         reports = [s.training_report for s in worker_group_status.worker_statuses.values() if s.training_report]
         reserved = self._get_reserved_resources()
-        if reserved is None or not any(r.checkpoint and r.metrics.get(LEFT, 0) for r in reports):
+        if reserved is None or not any(r.checkpoint and r.metrics.get(STEPS_LEFT, 0) for r in reports):
             return NoopDecision()
         world = self._count_possible_workers(reserved)
         return self._get_resize_decision(world) if world > worker_group_state.num_workers else NoopDecision()

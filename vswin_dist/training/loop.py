@@ -35,6 +35,7 @@ from vswin_dist.training.optim import learning_rate_factor, parameter_groups
 from vswin_dist.training.start import be_deterministic, initial_model
 
 SENT_WITHIN_S = 2.0  # what a checkpoint waits at most for the metrics before it to be sent
+STEPS_LEFT = "steps_left"  # the reported metric that says whether more ranks are worth a restart
 LOG_EVERY = 10  # steps whose figures are fetched from the device and sent together
 
 
@@ -111,7 +112,7 @@ def run(job: Job, rank: Rank, report: Report, logger: MetricLogger | None) -> No
             if logger:  # ranks may end right after it, and what goes on from it logs none of its steps again
                 logger.flush(SENT_WITHIN_S)
             url = save(engine, job, s, manifest, loader, done, metrics, rank)
-            report({"step": done, "steps_left": last - done, "epoch": done / plan.steps_per_epoch, **metrics}, url)
+            report({"step": done, STEPS_LEFT: last - done, "epoch": done / plan.steps_per_epoch, **metrics}, url)
         if not pending:
             began = time.perf_counter()
     report_memory(rank, logger, last)
