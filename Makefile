@@ -1,35 +1,84 @@
-# make install | demo | test | faults | lint. Needs Python 3.11 and make, and nothing else.
+# make install | demo | unit | test | faults | check | lint | cluster | cluster-status | cluster-down | cluster-demo |
+# slurm-demo | aws-demo | tracking-demo | kubernetes-dry-run. Needs Python 3.11 and make, and nothing else; for what a cluster
+# needs see infra/README.md.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 DATA ?=
 SEED ?= 0
+NODES ?= 3
 
-.PHONY: install demo test faults lint clean
+.PHONY: install demo unit test faults check lint cluster cluster-status cluster-down cluster-demo slurm-demo \
+	aws-demo tracking-demo kubernetes-dry-run clean
 
 install: $(VENV)/installed
 
-# torch goes first: DeepSpeed's own build asks for it.
+# torch goes first: DeepSpeed's own build asks for it. pip compiles on one core, what is only tested too; so it is done after it.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not on the PATH; give make PYTHON=..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel torch numpy
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt setuptools wheel torch numpy
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@$(BIN)/python -m compileall -qq -j 0 -x /tests/ $(VENV)/lib >/dev/null 2>&1 || true  # of other Pythons, some
 	@touch $@
 
 demo: install
 	$(BIN)/python -m infra.local.demo --seed $(SEED) $(if $(DATA),--data $(DATA))
 
-test: install
-	$(BIN)/python -m pytest
+# What each of these runs stands in tests/conftest.py; two processes, and one thread for each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-# Every fault and the real sets on S3, also what a test run leaves out for its time.
+unit: install
+	$(PYTEST) tests/unit -m 'not slow'
+
+test: install
+	$(PYTEST) -m 'not faults'
+
 faults: install
-	VSWIN_FAULTS=all $(BIN)/python -m pytest tests/faults tests/integration/test_data_prep.py
+	$(PYTEST) -m faults
+
+# All of it at once, as CI does: what takes longest first, and each server and Ray head started once for both.
+check: install
+	$(PYTEST) tests/faults tests/integration tests/gpu tests/parity tests/unit
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Several hosts on this machine: infra/README.md.
+cluster: install
+	$(BIN)/python -m infra.local.hosts up --nodes $(NODES)
+
+cluster-status: install
+	$(BIN)/python -m infra.local.hosts status
+
+cluster-down: install
+	$(BIN)/python -m infra.local.hosts down
+
+cluster-demo: install
+	$(BIN)/python -m infra.local.cluster_demo --nodes $(NODES)
+
+slurm-demo: install
+	$(BIN)/python -m infra.local.slurm_demo
+
+# MLflow on PostgreSQL and S3, with accounts; KEEP=1 leaves it and the service running, to look at.
+tracking-demo: install
+	$(BIN)/python -m infra.local.tracking_demo $(if $(KEEP),--keep)
+
+# infra/aws on this machine: needs moto beside the rest (pip install 'moto[server,ec2,iam]').
+aws-demo: install
+	$(BIN)/python -m infra.local.aws_demo
+
+# What a cluster's API server says of the manifests; nothing is changed. The namespace `vswin` and the operators' CRDs must be
+# there. Which cluster: KUBECONFIG, or KUBECTL="kubectl --context NAME".
+KUBECTL ?= $(BIN)/kubectl
+MANIFESTS ?= platform services kueue $(patsubst infra/kubernetes/%/,%,$(wildcard infra/kubernetes/overlays/*/))
+kubernetes-dry-run: install
+	@for part in $(MANIFESTS); do \
+		echo "== $$part"; \
+		$(KUBECTL) kustomize infra/kubernetes/$$part | $(KUBECTL) apply --dry-run=server --filename - || failed="$$failed $$part"; \
+	done; [ -z "$$failed" ] || { echo "refused:$$failed"; exit 1; }
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

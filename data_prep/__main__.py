@@ -1,4 +1,4 @@
-"""``python -m data_prep``, the same as the command ``data-prep``."""
+"""`python -m data_prep`, the same as the command `data-prep`."""
 
 from data_prep.cli import entry_point
 

@@ -11,7 +11,7 @@ from typing import IO, Any
 from data_prep.probe import MAX_BYTES
 from data_prep.tasks import patiently
 from vswin_dist import storage
-from vswin_dist.errors import DataError, WorkFailed
+from vswin_dist.errors import StorageError, VswinError, WorkFailed
 
 CHUNK = 1 << 20
 BLOCK = 512  # of a tar
@@ -27,7 +27,7 @@ class Member:
 
 
 class JoinedReader:
-    """The files at `urls` read one after the other, as `cat` would. A read that fails is repeated from its place."""
+    """The files at `urls` read one after the other, as `cat` would. A read that fails is repeated from its offset."""
 
     def __init__(self, urls: list[str]) -> None:
         self._urls = urls
@@ -35,16 +35,16 @@ class JoinedReader:
         self._offset = 0
         self._file: IO[bytes] | None = None
         self._ahead = b""
-        self._ranges = True  # whether files can be read from any place; some web servers cannot
+        self._ranges = True  # whether files can be read from any offset; some web servers cannot
         self.count = 0  # bytes read so far
 
     def peek(self) -> bytes:
-        """What `read` will give next."""
+        """Look at what `read` will give next."""
         self._ahead = self._ahead or self.read()
         return self._ahead
 
     def read(self, size: int = CHUNK) -> bytes:
-        """Up to `size` bytes (or what `peek` showed); ``b""`` at the end of the last file."""
+        """Read up to `size` bytes (or what `peek` showed); `b""` at the end of the last file."""
         if self._ahead:
             data, self._ahead = self._ahead, b""
             return data
@@ -68,10 +68,13 @@ class JoinedReader:
             raise WorkFailed(f"archive {url} does not exist any more") from error
         except Exception as error:
             self.close()
+            if isinstance(error, VswinError):
+                raise
             if isinstance(error, ValueError) and self._ranges and url.startswith("http"):
                 self._ranges = False
                 return self._read_once(size)
-            raise DataError(f"{url} at byte {self._offset}: {type(error).__name__}: {error}") from error
+            message = f"{url} at byte {self._offset}: {type(error).__name__}: {error}"
+            raise StorageError(message, storage.retriable(error), getattr(error, "errno", None)) from error
 
     def close(self) -> None:
         """Close the file that is open."""
@@ -92,6 +95,7 @@ def _stream_from(url: str, offset: int) -> IO[bytes]:
     """One request for the whole file, of which the first `offset` bytes are read and dropped."""
     import aiohttp
     import fsspec
+
     patient = aiohttp.ClientTimeout(total=None, sock_read=60)  # as long as it takes; aiohttp's own limit is 5 minutes
     file: IO[bytes] = fsspec.filesystem("http", client_kwargs={"timeout": patient}).open(url, "rb", block_size=0)
     while offset:
@@ -143,10 +147,10 @@ class _Stream:
 
 
 def members(urls: list[str], wanted: Any) -> Iterator[Member]:
-    """Every regular file of the tar (plain or compressed) that the files at `urls` make up, in its order.
+    """Yield every regular file of the tar (plain or compressed) that the files at `urls` make up, in its order.
 
     Only the bytes of members whose name `wanted` accepts are read. Links, devices and names that are absolute or
-    climb with ``..`` are given as refusals, never as data; folders and hidden files are passed over.
+    climb with `..` are given as refusals, never as data; folders and hidden files are skipped.
 
     Raises:
         WorkFailed: the archive is damaged or breaks off.
@@ -166,10 +170,14 @@ def members(urls: list[str], wanted: Any) -> Iterator[Member]:
                     yield Member(name, _bytes(tar, info) if wanted(name) else b"")
         stream.finish()
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise WorkFailed(f"archive {urls[0]} is damaged after {count} members, {reader.count:,} bytes: {error}. "
-                         + ("What it gave so far may be wrong: get it again, remove the output and start anew."
-                            if "data check" in str(error) else "Get it again, then run the same command again.")
-                         ) from error
+        raise WorkFailed(
+            f"archive {urls[0]} is damaged after {count} members, {reader.count:,} bytes: {error}. "
+            + (
+                "What it gave so far may be wrong: get it again, remove the output and start anew."
+                if "data check" in str(error)
+                else "Get it again, then run the same command again."
+            )
+        ) from error
     finally:
         reader.close()
 
@@ -183,7 +191,7 @@ def _refusal(info: tarfile.TarInfo) -> str:
     if info.issym() or info.islnk():
         return "link"
     if not (info.isfile() or info.isdir()):
-        return "no regular file"
+        return "not a regular file"
     if info.size > MAX_BYTES:
         return f"more than {MAX_BYTES >> 20} MiB"
     return ""

@@ -20,13 +20,19 @@ import av
 import av.error
 import av.filter
 
-from data_prep.probe import KEPT, Facts, Rejected, Video
+from data_prep.probe import KEPT, Examination, Facts, Rejected, pace
 from data_prep.settings import Encoding
+from data_prep.stretch import Stretch
+from vswin_dist.video import BT601, LIMITED_RANGE, has_full_range, matrix_of, stores_yuv
 
 # x264's AVX-512 code was seen to give now and then other bytes for the same frames (3 encodings in 100, AMD EPYC,
 # libavcodec 62.28); AVX2 and below never did. Other processors take x264's own choice.
 STABLE_CODE = {"x264-params": "asm=avx2"} if platform.machine() in ("x86_64", "AMD64") else {}
-_TURN = {90: ("transpose", "cclock"), 180: ("hflip,vflip", ""), 270: ("transpose", "clock")}
+
+EARLY = 0.1  # of the frame interval of a capped rate
+# AVColorSpace
+_UNTAGGED, _SMPTE170M = 2, 6
+_NO_MATRIX = {0, 3}  # RGB, reserved: nothing that planes of luma and chroma can have
 
 
 @dataclass
@@ -34,7 +40,7 @@ class Outcome:
     """What became of one video. The fields after `detail` hold for a kept one and describe the bytes to be packed."""
 
     verdict: str
-    detail: str = ""
+    detail: str = ""  # of a kept one, what people should know of it
     content: str = ""  # 32 hex digits over the bytes that were read
     extension: str = ""
     size: int = 0
@@ -51,27 +57,52 @@ class Outcome:
         return self.verdict == KEPT
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values; ``Outcome(**d)`` makes it again."""
+        """Plain JSON values; `Outcome(**d)` makes it again."""
         return asdict(self)
 
 
-def process(data: bytes, encoding: Encoding, name: str) -> tuple[Outcome, bytes]:
-    """Verify `data` and make the bytes to pack (the same object where they are kept). `name` is the file's."""
+def process(data: bytes, encoding: Encoding, name: str, stretch: Stretch | None = None) -> tuple[Outcome, bytes]:
+    """Verify `data`, or a `stretch` of it, and make the bytes to pack (the same object where they are kept).
+
+    `name` is the file's.
+    """
     content = hashlib.sha256(data).hexdigest()[:32]
+    make = transcode if encoding.transcodes else _keep
     try:
-        facts, made = transcode(data, encoding, name) if encoding.transcodes else (verify(data, encoding, name), data)
+        facts, made = make(data, encoding, name, stretch)
     except Rejected as rejected:
         return Outcome(rejected.reason, rejected.detail, content), b""
-    return Outcome(KEPT, "", content, facts.extension, len(made), zlib.crc32(made), facts.frames, facts.fps,
-                   facts.duration, facts.width, facts.height), made
+    if facts.is_cut:  # other stretches of the film are no duplicates
+        content = hashlib.sha256(f"{content} {stretch}".encode()).hexdigest()[:32]
+    return Outcome(
+        KEPT,
+        stretch.note(facts.duration, facts.is_cut) if stretch else "",
+        content,
+        facts.extension,
+        len(made),
+        zlib.crc32(made),
+        facts.frames,
+        facts.fps,
+        facts.duration,
+        facts.width,
+        facts.height,
+    ), made
 
 
-def verify(data: bytes, encoding: Encoding, name: str = "") -> Facts:
-    """Decode everything and give the facts. Raises Rejected."""
-    with Video(data, encoding, name) as video:
-        for _ in video.frames():
+def _keep(data: bytes, encoding: Encoding, name: str, stretch: Stretch | None) -> tuple[Facts, bytes]:
+    return verify(data, encoding, name, stretch), data
+
+
+def verify(data: bytes, encoding: Encoding, name: str = "", stretch: Stretch | None = None) -> Facts:
+    """Decode everything and give the facts.
+
+    Raises:
+        Rejected: the video is not to be kept.
+    """
+    with Examination(data, encoding, name, stretch) as examination:
+        for _ in examination.frames():
             pass
-        return video.facts()
+        return examination.facts()
 
 
 def target_size(displayed: tuple[int, int], encoding: Encoding) -> tuple[int, int]:
@@ -83,18 +114,22 @@ def target_size(displayed: tuple[int, int], encoding: Encoding) -> tuple[int, in
     return width, height
 
 
-def transcode(data: bytes, encoding: Encoding, name: str = "") -> tuple[Facts, bytes]:
-    """Decode everything once, encoding on the way; the facts are those of the encoded video. Raises Rejected."""
-    with Video(data, encoding, name) as video:
-        writer = _Writer(video, encoding)
+def transcode(data: bytes, encoding: Encoding, name: str = "", stretch: Stretch | None = None) -> tuple[Facts, bytes]:
+    """Decode everything once, encoding it or a `stretch` of it on the way; the facts are those of the encoded video.
+
+    Raises:
+        Rejected: the video is not to be kept.
+    """
+    with Examination(data, encoding, name, stretch) as examination:
+        writer = _Writer(examination, encoding)
         failure: av.error.FFmpegError | None = None
-        for frame in video.frames():
+        for frame in examination.frames():
             if failure is None:
                 try:
                     writer.write(frame)
                 except av.error.FFmpegError as error:
                     failure = error  # decode on: the verdict on the source comes first
-        facts = video.facts()
+        facts = examination.facts()
         try:
             made = writer.finish()
         except av.error.FFmpegError as error:
@@ -103,35 +138,67 @@ def transcode(data: bytes, encoding: Encoding, name: str = "") -> tuple[Facts, b
             raise Rejected("encode_failed", str(failure)) from failure
         facts.width, facts.height = writer.size
         facts.extension = "mp4"
-        if encoding.max_fps:
+        if writer.frames < facts.frames:  # of a source with enough of them
+            if writer.frames < encoding.min_frames:
+                raise Rejected(
+                    "too_short",
+                    f"{writer.frames} of {facts.frames} frames are left at {encoding.max_fps:g} a second; "
+                    f"at least {encoding.min_frames} are asked for",
+                )
             facts.frames = writer.frames
-            facts.fps = round(writer.frames / facts.duration, 3)
+            facts.fps, facts.duration = pace(writer.frames, writer.span, min(facts.fps, encoding.max_fps or facts.fps))
         return facts, made
+
+
+class RateCap:
+    """Tells which frames to drop so that no more than `fps` a second are left, on the whole and in any stretch.
+
+    A frame is dropped that follows the last one left sooner than a frame of that rate lasts. It may be early by a tenth
+    of that, which the next must make up for: times are rounded, and 30 a second are a little more than 29.97.
+    """
+
+    def __init__(self, fps: float) -> None:
+        self._step = 1 / fps
+        self._due: float | None = None
+
+    def drops(self, time: float) -> bool:
+        """Say whether to drop the frame at `time`, seconds, later than those asked about before."""
+        if self._due is not None and time < self._due - EARLY * self._step:
+            return True
+        self._due = (time if self._due is None else max(time, self._due)) + self._step
+        return False
 
 
 class _Writer:
     """Scales, turns and encodes frames into an mp4 in memory."""
 
-    def __init__(self, video: Video, encoding: Encoding) -> None:
-        self.video = video
+    def __init__(self, examination: Examination, encoding: Encoding) -> None:
+        self.examination = examination
+        self.video = examination.video
         self.encoding = encoding
         self.size = (0, 0)
         self.frames = 0
+        self.span = 0.0  # seconds from the first encoded frame to the last
+        self._cap = RateCap(encoding.max_fps) if encoding.max_fps else None
         self._file = io.BytesIO()
         self._container = av.open(self._file, "w", format="mp4")
         self._stream: Any = None
         self._graph: av.filter.Graph | None = None
         self._shape: tuple[Any, ...] = ()
+        self._matrix = BT601  # of the encoded video, as the colorspace filter names it
+        self._tags = (0, 0, 0)  # of the encoded video: matrix, primaries, transfer, by FFmpeg's numbers
         self._last_pts = -1
         self._first_pts: int | None = None
 
     def write(self, frame: Any) -> None:
-        """Encode one decoded frame."""
+        """Encode one decoded frame, where it does not follow the last one too soon."""
+        if self._cap and self._cap.drops(frame.time):
+            return
         for ready in self._scaled(frame):
             self._encode(ready)
 
     def finish(self) -> bytes:
-        """The whole file's bytes."""
+        """Return the whole file's bytes."""
         if self._graph is not None:
             self._graph.push(None)
             for frame in self._pull():
@@ -142,9 +209,7 @@ class _Writer:
         return self._file.getvalue()
 
     def _scaled(self, frame: Any) -> Iterator[Any]:
-        if frame.pts is None:  # broken streams: one nominal step after the last
-            frame.pts = self._last_pts + max(1, round(1 / (self.video.rate * frame.time_base)))
-        shape = (frame.width, frame.height, frame.format.name)
+        shape = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
         if self._graph is None or shape != self._shape:
             if self._graph is not None:
                 self._graph.push(None)
@@ -162,22 +227,49 @@ class _Writer:
                 return
 
     def _build(self, frame: Any) -> av.filter.Graph:
-        """buffer -> [fps] -> [turn] -> scale -> yuv420p, for frames of this shape."""
-        self.size = self.size if self.frames else target_size(self.video.displayed, self.encoding)
+        """buffer -> [turn] -> scale -> yuv420p, for frames of this shape."""
+        self.size = self.size if self.frames else target_size(self.examination.displayed, self.encoding)
         graph = av.filter.Graph()
-        chain = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format.name,
-                                  time_base=frame.time_base)]
-        if self.encoding.max_fps and self.video.rate > self.encoding.max_fps:
-            chain.append(graph.add("fps", f"{Fraction(self.encoding.max_fps).limit_denominator(1001)}"))
-        turn, how = _TURN.get(self.video.rotation, ("", ""))
-        chain += [graph.add(name, how) if how else graph.add(name) for name in turn.split(",") if name]
-        width, height = self.size
-        chain.append(graph.add("scale", f"{width}:{height}:flags=bicubic+accurate_rnd+bitexact:out_range=tv"))
-        chain += [graph.add("format", "yuv420p"), graph.add("setsar", "1"), graph.add("buffersink")]
+        chain = [
+            graph.add_buffer(width=frame.width, height=frame.height, format=frame.format.name, time_base=frame.time_base)
+        ]
+        chain += [graph.add(name, how or None) for name, how in self.examination.orientation.filters()]
+        chain += [graph.add(name, how) for name, how in self._to_planes(frame)]
+        chain += [graph.add("setsar", "1"), graph.add("buffersink")]
         for before, after in itertools.pairwise(chain):
             before.link_to(after)
         graph.configure()
         return graph
+
+    def _to_planes(self, frame: Any) -> list[tuple[str, str]]:
+        """Return the steps to 4:2:0 of 8 bits and limited range, with the matrix that the encoded video is tagged with.
+
+        Planes of 8 bits and limited range are scaled as they are, under their tag. What is computed anew becomes BT.601,
+        which the model takes as it is. The scaler is told one matrix and one range for both sides; the colorspace filter
+        converts, since it rounds, where the scaler is off by up to two steps.
+        """
+        yuv = stores_yuv(frame)
+        matrix, full = (matrix_of(frame), has_full_range(frame)) if yuv else (BT601, True)
+        deep = not yuv or max(c.bits for c in frame.format.components) > 8
+        if not self.frames:
+            anew = not yuv or (matrix != BT601 and (full or deep))
+            self._matrix = BT601 if anew else matrix
+            tag = _SMPTE170M if anew else _UNTAGGED if frame.colorspace in _NO_MATRIX else frame.colorspace
+            self._tags = tag, frame.color_primaries, frame.color_trc
+        width, height = self.size
+        levels = "pc" if full else "tv"
+        steps = [
+            (
+                "scale",
+                f"{width}:{height}:flags=bicubic+accurate_rnd+bitexact:sws_dither=none:in_color_matrix=bt601:"
+                f"out_color_matrix=bt601:in_range={levels}:out_range={levels}",
+            ),
+            ("format", "yuv420p12" if deep else "yuv420p"),
+        ]
+        if full or deep or matrix != self._matrix:
+            conversion = f"ispace={matrix}:irange={levels}:space={self._matrix}:range=tv"
+            steps.append(("colorspace", f"all={BT601}:iall={BT601}:{conversion}:fast=1:format=yuv420p"))
+        return steps
 
     def _encode(self, frame: Any) -> None:
         if self._stream is None:
@@ -187,6 +279,7 @@ class _Writer:
         frame.pts = self._last_pts = max(frame.pts - self._first_pts, self._last_pts + 1)
         frame.pict_type = 0  # the encoder's choice, not the source's
         self.frames += 1
+        self.span = frame.time
         self._container.mux(self._stream.encode(frame))
 
     def _open(self, frame: Any) -> Any:
@@ -195,16 +288,25 @@ class _Writer:
         rate = min(self.video.rate, Fraction(240))
         if encoding.max_fps:
             rate = min(rate, Fraction(encoding.max_fps).limit_denominator(1001))
-        stream = self._container.add_stream("libx264", rate=rate, options={
-            "preset": encoding.preset, "crf": str(encoding.crf), "tune": "fastdecode", "threads": "1",
-            "g": interval, "keyint_min": interval, "sc_threshold": "0", **STABLE_CODE})
+        stream = self._container.add_stream(
+            "libx264",
+            rate=rate,
+            options={
+                "preset": encoding.preset,
+                "crf": str(encoding.crf),
+                "tune": "fastdecode",
+                "threads": "1",
+                "g": interval,
+                "keyint_min": interval,
+                "sc_threshold": "0",
+                **STABLE_CODE,
+            },
+        )
         context = stream.codec_context
         context.thread_count = 1
         context.width, context.height = self.size
         context.pix_fmt = "yuv420p"
         context.time_base = frame.time_base
-        context.color_range = 1  # limited, as the scaler makes it
-        source = self.video.stream.codec_context
-        context.colorspace, context.color_primaries, context.color_trc = (
-            source.colorspace, source.color_primaries, source.color_trc)
+        context.color_range = LIMITED_RANGE  # as the scaler makes it
+        context.colorspace, context.color_primaries, context.color_trc = self._tags
         return stream

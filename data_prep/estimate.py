@@ -1,4 +1,4 @@
-"""``--dry-run``: what a preparation would do, with time and bytes extrapolated from a few of its videos."""
+"""`--dry-run`: what a preparation would do, with time and bytes extrapolated from a few of its videos."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from tqdm import tqdm
+
 from data_prep import journal
 from data_prep.archive import members
 from data_prep.encode import process
 from data_prep.pack import tar_bytes
-from data_prep.pipeline import Job
-from data_prep.progress import clock
+from data_prep.pipeline import Preparation
 from data_prep.report_html import human_bytes
+from data_prep.sources.items import Item
 from vswin_dist import storage
 
 PROBES = 12  # videos that are processed for the estimate
@@ -24,7 +26,7 @@ class Estimate:
 
     videos: int
     missing: int
-    unnamed: int
+    unlabelled: int
     classes: int
     done: int  # videos that an earlier run has finished
     archives: int
@@ -34,30 +36,38 @@ class Estimate:
     bytes: int = 0  # of the shards
 
     def lines(self, workers: int) -> list[str]:
-        """The text."""
-        lines = [f"{self.videos:,} videos in {self.classes:,} classes"
-                 + (f", in {self.archives} archives" if self.archives else f", {self.missing:,} of them without a file")
-                 + (f"; {self.unnamed:,} files without a row" if self.unnamed else "")]
+        """Format the text."""
+        lines = [
+            f"{self.videos:,} videos in {self.classes:,} classes"
+            + (f", in {self.archives} archives" if self.archives else f", {self.missing:,} of them without a file")
+            + (f"; {self.unlabelled:,} files without a row" if self.unlabelled else "")
+        ]
         if self.done:
             lines.append(f"{self.done:,} are in finished shards already")
         if self.probed:
             verdicts = ", ".join(f"{n} {verdict}" for verdict, n in sorted(self.verdicts.items()))
             lines.append(f"{self.probed} videos tried: {verdicts}")
-            lines.append(f"about {human_bytes(self.bytes)} of shards, {clock(self.seconds / workers)} "
-                         f"with {workers} workers")
+            time_needed = tqdm.format_interval(self.seconds / workers)
+            lines.append(f"about {human_bytes(self.bytes)} of shards, {time_needed} with {workers} workers")
         return lines
 
 
-def estimate(job: Job) -> Estimate:
-    """Process a few videos of `job` in this process and extrapolate. Nothing is written."""
-    missing = 0 if job.listing.archives else sum(not item.url for item in job.items)
-    done = sum(r.end - r.start for r in journal.read_stretches(job.out).values())
-    result = Estimate(len(job.items), missing, len(job.listing.unnamed), len(job.classes), done,
-                      len(job.listing.archives))
+def estimate(preparation: Preparation) -> Estimate:
+    """Process a few videos of `preparation` in this process and extrapolate. Nothing is written."""
+    missing = 0 if preparation.listing.archives else len(preparation.items) - len(preparation.items.present())
+    done = sum(r.end - r.start for r in journal.read_ranges(preparation.out).values())
+    result = Estimate(
+        len(preparation.items),
+        missing,
+        len(preparation.listing.unlabelled),
+        len(preparation.classes),
+        done,
+        len(preparation.listing.archives),
+    )
     spent, made = 0.0, 0
     started = time.monotonic()
-    for name, data in _probes(job):
-        outcome, _ = process(data, job.settings.encoding, name)
+    for item, data in _probes(preparation):
+        outcome, _ = process(data, preparation.settings.encoding, item.name, item.stretch)
         result.probed += 1
         result.verdicts[outcome.verdict] = result.verdicts.get(outcome.verdict, 0) + 1
         made += tar_bytes(outcome) if outcome.kept else 0
@@ -69,18 +79,19 @@ def estimate(job: Job) -> Estimate:
     return result
 
 
-def _probes(job: Job) -> Iterator[tuple[str, bytes]]:
-    if job.listing.archives:
-        urls = job.listing.archives[-1]
+def _probes(preparation: Preparation) -> Iterator[tuple[Item, bytes]]:
+    if preparation.listing.archives:
+        urls = preparation.listing.archives[-1]
         label = urls[0].rsplit("/", 1)[-1]
         left = PROBES
-        for member in members(urls, lambda name: job.listing.find(f"{label}/{name}") is not None):
+        for member in members(urls, lambda name: bool(preparation.listing.find(f"{label}/{name}"))):
             if member.data:
-                yield member.name, member.data
+                yield preparation.listing.find(f"{label}/{member.name}")[0], member.data
                 left -= 1
             if left == 0:
                 return
         return
-    present = [item for item in job.items if item.url]
-    for item in present[:: max(1, len(present) // PROBES)][:PROBES]:
-        yield item.source_id, storage.read_bytes(item.url)
+    present = preparation.items.present()
+    for index in present[:: max(1, len(present) // PROBES)][:PROBES].tolist():
+        item = preparation.items[index]
+        yield item, storage.read_bytes(item.url)

@@ -1,12 +1,13 @@
-"""What is finished, kept so that any later run can go on: the plan, one record per shard, and the staged samples.
+"""What is finished, kept so that any later run can resume: the specification, one record per shard, and the staged samples.
 
-Below the output, in ``.data-prep/``:
+Below the output, in `.data-prep/`:
 
-    plan.json            source, settings, classes and a digest of the order; another plan is refused here
+    plan.json            the specification: source, settings, classes and a digest of the order; another is refused here
     parts/00003.json     what archive 3 holds, written when it was read to its end
     records/00000042.json  written after the shard that begins at position 42 of the order was published
+    lock, lease/         who writes there
 Below the staging folder (beside the journal, or on this machine where the output is remote):
-    00000042             the outcome of slot 42: one line of JSON, then the bytes to pack
+    00000042             the outcome of the video of index 42: one line of JSON, then the bytes to pack
 
 Every file appears atomically, so a run that was killed at any moment leaves only whole ones.
 """
@@ -16,34 +17,35 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
-import uuid
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from data_prep.encode import Outcome
-from vswin_dist import storage
+from vswin_dist import lease, local_files, records, storage
 from vswin_dist.errors import DataError
+from vswin_dist.lease import UNFENCED, Fence
 from vswin_dist.manifest import FILE_NAME, Reject, Sample, Shard
+from vswin_dist.records import KEY
 
 FOLDER = ".data-prep"
 
 
 def folder(out: str) -> str:
-    """The journal's folder of the output `out`."""
+    """Give the URL of the journal's folder of the output `out`."""
     return storage.join(out, FOLDER)
 
 
 def record_url(out: str, start: int) -> str:
-    """Where the record of the shard beginning at position `start` lies."""
+    """Give the URL of the record of the shard beginning at position `start`."""
     return storage.join(folder(out), "records", f"{start:08d}.json")
 
 
 @dataclass(frozen=True)
-class Record:
-    """A finished stretch [start, end) of the order: its shard (None where nothing of it was kept) and its rejects."""
+class ShardRecord:
+    """A finished range [start, end) of the order: its shard (None where nothing of it was kept) and its rejects."""
 
     number: int
     start: int
@@ -52,83 +54,99 @@ class Record:
     samples: list[Sample]
     contents: list[str]  # hash of what each sample was made from, for finding duplicates
     rejected: list[Reject]
-    slots: list[int]  # of the positions, where they come from archives; else empty
+    # of the videos at these positions, where they come from archives; else empty
+    indices: list[int] = field(metadata={KEY: "slots"})
+    notes: list[str] = field(default_factory=list)  # what people should know of its samples
 
     def to_json(self) -> bytes:
-        """The file's bytes."""
-        return json.dumps(asdict(self), ensure_ascii=False).encode()
-
-    @staticmethod
-    def from_json(data: bytes) -> Record:
-        """Parse what `to_json` made."""
-        body = json.loads(data)
-        body["shard"] = Shard(**body["shard"]) if body["shard"] else None
-        body["samples"] = [Sample(**s) for s in body["samples"]]
-        body["rejected"] = [Reject(**r) for r in body["rejected"]]
-        return Record(**body)
+        """Make the file's bytes."""
+        body = {f.name: getattr(self, f.name) for f in fields(self)}
+        body["shard"] = self.shard and asdict(self.shard)
+        for name, cls in (("samples", Sample), ("rejected", Reject)):  # by the thousand, and `asdict` copies every value
+            columns = [f.name for f in fields(cls)]
+            body[name] = [{column: getattr(row, column) for column in columns} for row in body[name]]
+        body["slots"] = body.pop("indices")
+        if not self.notes:
+            del body["notes"]
+        return json.dumps(body, ensure_ascii=False).encode()
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Which part of the order a record covers; `slots` as in the record."""
+class ShardRange:
+    """Which part of the order a record covers: positions [start, end), and the indices of the videos there."""
 
     start: int
     end: int
-    slots: list[int]
+    covered: Sequence[int]  # small: a range, or an array
 
 
-def read_record(out: str, start: int) -> Record:
-    """The record of the shard beginning at position `start`."""
-    return Record.from_json(storage.read_bytes(record_url(out, start)))
+def read_record(out: str, start: int) -> ShardRecord:
+    """Read the record of the shard beginning at position `start`.
+
+    Raises:
+        FileNotFoundError: it is absent.
+        DataError: it is damaged.
+    """
+    return records.read_record(record_url(out, start), ShardRecord, what="record of a shard")
 
 
-def read_stretches(out: str) -> dict[int, Stretch]:
-    """What the records of the output cover, by start. The records themselves would be large all at once."""
+def read_ranges(out: str) -> dict[int, ShardRange]:
+    """Read what the records of the output cover, by start. The records themselves would be large all at once."""
     names = [n for n in storage.list_names(storage.join(folder(out), "records")) if n.endswith(".json")]
-    records = (read_record(out, int(name.removesuffix(".json"))) for name in names if not name.startswith("."))
-    return {record.start: Stretch(record.start, record.end, record.slots) for record in records}
+    found = (read_record(out, int(name.removesuffix(".json"))) for name in names if not name.startswith("."))
+    return {r.start: ShardRange(r.start, r.end, array("i", r.indices) or range(r.start, r.end)) for r in found}
 
 
-def read_plan(out: str) -> dict[str, Any] | None:
-    """The plan of the output, None where there is none."""
+def read_specification(out: str) -> dict[str, Any] | None:
+    """Read the specification of the output, None where there is none.
+
+    Raises:
+        DataError: it is damaged.
+    """
     try:
-        plan: dict[str, Any] = json.loads(storage.read_bytes(storage.join(folder(out), "plan.json")))
-        return plan
+        specification: dict[str, Any] = json.loads(storage.read_bytes(storage.join(folder(out), "plan.json")))
+        return specification
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise DataError(f"{folder(out)}/plan.json is damaged: {error}. Remove the output and start anew.") from error
 
 
-def check_plan(out: str, plan: dict[str, Any]) -> bool:
-    """True where the output holds `plan` already, False where it is free; nothing is written.
+def check_specification(out: str, specification: dict[str, Any]) -> bool:
+    """Say whether the output holds `specification` already (True) or is free (False); nothing is written.
 
     Raises:
         DataError: the output holds another dataset, or the same one with other settings.
     """
-    old = read_plan(out)
+    old = read_specification(out)
     if old is None:
         foreign = [n for n in storage.list_names(out) if n == FILE_NAME or n.endswith(".tar")]
         if foreign:
-            raise DataError(f"{out} already holds {foreign[0]!r}, which no data-prep journal there accounts for; "
-                            "choose another output or remove it")
+            raise DataError(
+                f"{out} already holds {foreign[0]!r}, which no data-prep journal there accounts for; "
+                "choose another output or remove it"
+            )
         return False
-    if changes := _differences(old, plan):
-        raise DataError(f"{out} already holds a different dataset: {'; '.join(changes)}. "
-                        "Choose another output, or remove this one.")
+    if changes := _differences(old, specification):
+        raise DataError(
+            f"{out} already holds a different dataset: {'; '.join(changes)}. Choose another output, or remove this one."
+        )
     return True
 
 
-def write_plan(out: str, plan: dict[str, Any]) -> None:
-    """Begin `plan` in the output."""
-    storage.put_bytes(storage.join(folder(out), "plan.json"), json.dumps(plan, ensure_ascii=False).encode())
+def write_specification(out: str, specification: dict[str, Any]) -> None:
+    """Begin `specification` in the output."""
+    storage.put_bytes(storage.join(folder(out), "plan.json"), json.dumps(specification, ensure_ascii=False).encode())
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     flat_old, flat_new = (dict(_flatten(p["settings"])) for p in (old, new))
-    flat_old.setdefault("sampling", "dense")  # plans from before there was a choice
-    changes = [f"{name} was {flat_old.get(name)!r}, is now {flat_new.get(name)!r}"
-               for name in sorted({*flat_old, *flat_new}) if flat_old.get(name) != flat_new.get(name)]
+    flat_old.setdefault("sampling", "dense")  # specifications from before there was a choice
+    changes = [
+        f"{name} was {flat_old.get(name)!r}, is now {flat_new.get(name)!r}"
+        for name in sorted({*flat_old, *flat_new})
+        if flat_old.get(name) != flat_new.get(name)
+    ]
     if old["classes"] != new["classes"]:
         changes.append(f"the class list differs ({len(old['classes'])} classes then, {len(new['classes'])} now)")
     if old["archives"] != new["archives"]:
@@ -151,7 +169,7 @@ class Part:
     """An archive that was read to its end: the ids of its videos in their order, and its members without a row."""
 
     ids: list[str]
-    unnamed: list[str]
+    unlabelled: list[str] = field(metadata={KEY: "unnamed"})
 
 
 def _part_url(out: str, number: int) -> str:
@@ -159,50 +177,46 @@ def _part_url(out: str, number: int) -> str:
 
 
 def read_part(out: str, number: int) -> Part | None:
-    """What is known of archive `number`, None where it was not read to its end yet."""
+    """Read what is known of archive `number`, None where it was not read to its end yet."""
     try:
-        return Part(**json.loads(storage.read_bytes(_part_url(out, number))))
+        return records.read_record(_part_url(out, number), Part, what="record of an archive")
     except FileNotFoundError:
         return None
 
 
 def write_part(out: str, number: int, part: Part) -> None:
     """Remember that archive `number` was read to its end."""
-    storage.put_bytes(_part_url(out, number), json.dumps(asdict(part), ensure_ascii=False).encode())
+    body = {"ids": part.ids, "unnamed": part.unlabelled}
+    storage.put_bytes(_part_url(out, number), json.dumps(body, ensure_ascii=False).encode())
 
 
 class Staging:
-    """Outcomes that wait for their shard, one file per slot (see `feed`)."""
+    """Outcomes that wait for their shard, one file per video, named by its index (see `order`)."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.local = storage.is_local(url)
 
-    def _place(self, slot: int) -> str:
-        return storage.join(self.url, f"{slot:08d}")
+    def _file(self, index: int) -> str:
+        return storage.join(self.url, f"{index:08d}")
 
-    def put(self, slot: int, outcome: Outcome, payload: bytes) -> None:
+    def put(self, index: int, outcome: Outcome, payload: bytes) -> None:
         """Keep an outcome and the bytes to pack."""
         data = json.dumps({**outcome.as_dict(), "staged": len(payload)}, ensure_ascii=False).encode() + b"\n" + payload
         if not self.local:
-            storage.put_bytes(self._place(slot), data)
+            storage.put_bytes(self._file(index), data)
             return
-        target = Path(self._place(slot))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-        try:  # no fsync: what a power cut leaves half is seen by its length and made again
+        # no fsync: what a power cut leaves half is seen by its length and made again
+        with local_files.write_atomically(self._file(index), durable=False) as temporary:
             temporary.write_bytes(data)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
 
-    def payload(self, slot: int) -> bytes:
-        """The bytes to pack. Raises FileNotFoundError."""
-        place = self._place(slot)
-        return (Path(place).read_bytes() if self.local else storage.read_bytes(place)).partition(b"\n")[2]
+    def payload(self, index: int) -> bytes:
+        """Read the bytes to pack. Raises FileNotFoundError."""
+        file = self._file(index)
+        return (Path(file).read_bytes() if self.local else storage.read_bytes(file)).partition(b"\n")[2]
 
     def outcomes(self) -> dict[int, Outcome]:
-        """Everything whole that is staged, by slot. Half-written files of a killed run are removed."""
+        """Read everything whole that is staged, by index. Half-written files of a killed run are removed."""
         found: dict[int, Outcome] = {}
         for name in storage.list_names(self.url):
             if not name.isdigit():
@@ -216,13 +230,13 @@ class Staging:
                     found[int(name)] = Outcome(**values)
         return found
 
-    def discard(self, slots: Iterable[int]) -> None:
+    def discard(self, indices: Iterable[int]) -> None:
         """Remove outcomes whose shard is published."""
-        for slot in slots:
+        for index in indices:
             if self.local:
-                Path(self._place(slot)).unlink(missing_ok=True)
+                Path(self._file(index)).unlink(missing_ok=True)
             else:
-                storage.remove(self._place(slot))
+                storage.remove(self._file(index))
 
     def clear(self) -> None:
         """Remove the whole folder."""
@@ -230,14 +244,19 @@ class Staging:
 
 
 @contextlib.contextmanager
-def only_writer(out: str) -> Iterator[None]:
-    """Hold the output against a second run on this machine. On object storage two runs write the same bytes.
+def only_writer(out: str) -> Iterator[Fence]:
+    """Hold the output against a second run: on this machine by a lock, on object storage by a lease, which it yields.
+
+    A run that was cut off there and comes back ends as soon as it looks at the lease, and before it writes a manifest;
+    until then it writes what the other one writes, since the bytes of shards depend on the specification alone.
 
     Raises:
-        DataError: another run holds it.
+        DataError, PreflightError: another run holds it. FencedOut: another run has taken it over.
     """
     if not storage.is_local(out):
-        yield
+        remedy = "let it finish, or end it there; where it is dead, this command goes on once its lease has run out"
+        with lease.held(storage.join(folder(out), lease.FOLDER), f"the output {out}", remedy) as fence:
+            yield fence
         return
     path = Path(folder(out))
     path.mkdir(parents=True, exist_ok=True)
@@ -247,7 +266,7 @@ def only_writer(out: str) -> Iterator[None]:
         except OSError as error:
             raise DataError(f"another data-prep works on {out}") from error
         _remove_halves(path.parent)  # of a run that was killed
-        yield
+        yield UNFENCED
         _remove_halves(path.parent)  # of workers that were killed in this one
 
 

@@ -10,32 +10,37 @@ The decision table; the first line that applies is the verdict:
 | no_video_stream  | a container without a video stream (audio, subtitles, cover pictures alone)                   |
 | unknown_codec    | the bundled FFmpeg has no decoder for it                                                      |
 | truncated        | the last packet is cut, or the data ends before 90% of what the container's header declares   |
+|                  | and the container's structure (`structure.py`) shows that the file was cut off                |
 | no_frames        | not one frame could be decoded                                                                |
 | decode_errors    | more than `max_bad` of the frames are lost or damaged                                         |
-| too_short        | fewer than `min_frames` frames                                                                |
+| outside_film     | not one frame lies within the stretch that the row means                                      |
+| not_cut          | the row means a part of the film, and the profile keeps files as they are                     |
+| too_short        | fewer than `min_frames` frames, in the source or under the cap of the rate                    |
 | too_small        | the short side, as displayed, has fewer than `min_side` pixels                                |
 | encode_failed    | the encoder refused what was decoded                                                          |
-| crashed          | worker processes died five times while on it                                                  |
+| crashed          | worker processes died five times while on it, or twice for want of memory                     |
 | duplicate        | the same bytes came before in the dataset's order                                             |
 | kept             | otherwise                                                                                     |
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import av
 import av.error
 
 from data_prep.settings import Encoding
+from data_prep.stretch import Stretch, Window
+from data_prep.structure import breaks_off, loses_packets
+from vswin_dist.video import Orientation, Video, VideoError, message_of, orientation
 
 KEPT = "kept"
 MAX_BYTES = 1 << 30
-ENOUGH = 0.9  # share of the declared frames or duration below which the data counts as cut off
+ENOUGH = 0.9  # fraction of the declared frames or duration below which the data counts as cut off
+CLOCK_SET_BACK = 8  # frames; a lesser step back is disorder, a larger one a join of two recordings
 # Containers whose header states a duration that was written, not guessed from the bit rate.
 _DECLARES_DURATION = ("mov", "matroska")
 
@@ -60,24 +65,34 @@ class Facts:
     duration: float = 0.0  # seconds
     extension: str = ""
     bad: int = 0  # frames damaged or lost to decode errors
+    is_cut: bool = False  # it describes a stretch of the file alone
 
 
-class Video:
-    """One video in memory: open it, go once through `frames`, then ask for `facts`."""
+class Examination:
+    """The complete decoding of one video: open it, go once through `frames`, then ask for `facts`.
 
-    def __init__(self, data: bytes, limits: Encoding, name: str = "") -> None:
-        """Open the container. Raises Rejected where it cannot be decoded at all."""
+    Of a `stretch` of it, where the encoding cuts: `frames` and `facts` are those of the stretch, and what follows its end
+    is read but not decoded.
+    """
+
+    def __init__(self, data: bytes, limits: Encoding, name: str = "", stretch: Stretch | None = None) -> None:
+        """Open the video.
+
+        Raises:
+            Rejected: it cannot be decoded at all.
+        """
         self.limits = limits
         try:
-            self.container = av.open(io.BytesIO(data), metadata_errors="ignore", buffer_size=1 << 18)
-        except (av.error.FFmpegError, ValueError) as error:
-            raise Rejected("unreadable", _reason(error) if data else "the file is empty") from error
-        self.stream = self._choose_stream()
-        self.stream.thread_type = "NONE"
-        self.stream.codec_context.thread_count = 1
+            self.video = Video(data, buffer_size=1 << 18)
+        except VideoError as error:
+            raise Rejected(error.reason, error.detail) from error
         self.name = name
-        self.rotation = 0  # degrees counterclockwise, as FFmpeg gives it
+        self.window = Window(stretch, self.video) if stretch else None
+        self._data = data
+        self.orientation = Orientation()  # of the first frame
         self._frames = self._bad = self._packets = 0
+        self._next_pts: int | None = None  # of the clock that frames are given, see `_time`
+        self._shift = 0
         self._first: float | None = None
         self._last = 0.0
         self._size = (0, 0)
@@ -86,46 +101,23 @@ class Video:
 
     def close(self) -> None:
         """Give the decoder back."""
-        self.container.close()
+        self.video.close()
 
-    def __enter__(self) -> Video:
+    def __enter__(self) -> Examination:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _choose_stream(self) -> Any:
-        streams = [s for s in self.container.streams.video if "attached_pic" not in str(s.disposition).lower()]
-        if not streams:
-            kinds = ", ".join(sorted({s.type for s in self.container.streams})) or "nothing"
-            raise Rejected("no_video_stream", f"the container holds {kinds}")
-        if streams[0].codec_context is None:
-            raise Rejected("unknown_codec", "FFmpeg has no decoder for it")
-        return streams[0]
-
-    @property
-    def rate(self) -> Fraction:
-        """The nominal frame rate, 25 where the container has none that can be."""
-        for rate in (self.stream.average_rate, self.stream.base_rate, self.stream.guessed_rate):
-            if rate and Fraction(1, 10) <= rate <= 1000:
-                return Fraction(rate)
-        return Fraction(25)
-
     def frames(self) -> Iterator[Any]:
-        """Every frame that decodes, in display order. Raises Rejected only where the codec cannot be started."""
-        packets = self.container.demux()
-        while True:
-            try:
-                packet = next(packets)
-            except StopIteration:
-                return
-            except av.error.FFmpegError as error:
-                if self._packets == 0:
-                    raise Rejected("unreadable", _reason(error)) from error
-                self._cut = True
-                return
+        """Decode every frame that decodes, in display order, each with a time.
+
+        Raises:
+            Rejected: not one packet can be read.
+        """
+        for packet in self._packets_read():
             self._note(packet)
-            if packet.stream.index != self.stream.index:
+            if packet.stream.index != self.video.stream.index or self._is_past():
                 continue
             try:
                 decoded = packet.decode()
@@ -133,13 +125,52 @@ class Video:
                 self._bad += 1
                 continue
             for frame in decoded:
-                self._see(frame)
-                yield frame
+                self._time(frame)
+                if self._is_wanted(frame):
+                    self._see(frame)
+                    yield frame
+
+    def _is_wanted(self, frame: Any) -> bool:
+        """Say whether a frame is part of the video to be made; damage before the first such frame does not count."""
+        if self.window is None or self.window.holds(frame) or not self.limits.transcodes:
+            return True
+        if self._frames == 0:
+            self._bad = 0
+        return False
+
+    def _is_past(self) -> bool:
+        return self.window is not None and self.limits.transcodes and self.window.passed
+
+    def _time(self, frame: Any) -> None:
+        """Have a frame without a time follow the last one, and likewise those after a clock that was set back."""
+        step = frame.duration or max(1, round(1 / (self.video.rate * frame.time_base)))
+        if frame.pts is None:
+            frame.pts = self._next_pts or 0
+        else:
+            if self._next_pts is not None and frame.pts + self._shift < self._next_pts - CLOCK_SET_BACK * step:
+                self._shift = self._next_pts - frame.pts
+            frame.pts += self._shift
+        self._next_pts = frame.pts + step
+
+    def _packets_read(self) -> Iterator[Any]:
+        """Yield the packets of all streams, up to the first that cannot be read."""
+        with self.video.packets(all_streams=True) as packets:
+            while True:
+                try:
+                    packet = next(packets)
+                except StopIteration:
+                    return
+                except av.error.FFmpegError as error:
+                    if self._packets == 0:
+                        raise Rejected("unreadable", message_of(error)) from error
+                    self._cut = True
+                    return
+                yield packet
 
     def _note(self, packet: Any) -> None:
         if packet.size == 0:  # the flush at the end
             return
-        if packet.stream.index == self.stream.index:
+        if packet.stream.index == self.video.stream.index:
             self._packets += 1
             self._cut = bool(packet.is_corrupt)
         if packet.pts is not None and packet.time_base:
@@ -149,15 +180,12 @@ class Video:
 
     def _see(self, frame: Any) -> None:
         if self._frames == 0:
-            self.rotation = round(frame.rotation / 90) * 90 % 360
-            ratio = self.stream.sample_aspect_ratio or 1
-            width, height = max(1, round(frame.width * float(ratio))), frame.height
-            self._size = (height, width) if self.rotation in (90, 270) else (width, height)
+            self.orientation = orientation(frame)
+            self._size = self.video.displayed_size(frame)
         self._frames += 1
         self._bad += bool(frame.is_corrupt)
-        if frame.time is not None:
-            self._first = frame.time if self._first is None else self._first
-            self._last = max(self._last, frame.time)
+        self._first = frame.time if self._first is None else self._first
+        self._last = max(self._last, frame.time)
 
     @property
     def displayed(self) -> tuple[int, int]:
@@ -165,48 +193,91 @@ class Video:
         return self._size
 
     def facts(self) -> Facts:
-        """The verdict, after `frames` has run to its end. Raises Rejected with the first that applies."""
+        """Judge the video, after `frames` has run to its end.
+
+        Raises:
+            Rejected: with the first verdict that applies.
+        """
         self._check_cut()
-        if self._frames == 0:
+        if self._frames == 0 and not (self.window and self.window.outside):
             raise Rejected("no_frames", f"{self._packets} packets, none of them decodes")
-        share = self._bad / (self._frames + self._bad)
-        if share > self.limits.max_bad:
-            raise Rejected("decode_errors", f"{self._bad} frames damaged or lost, {self._frames} decoded; "
-                                            f"at most {self.limits.max_bad:.0%} is let pass")
+        self._check_stretch()
+        if self._bad / (self._frames + self._bad) > self.limits.max_bad:
+            raise Rejected(
+                "decode_errors",
+                f"{self._bad} frames damaged or lost, {self._frames} decoded; at most {self.limits.max_bad:.0%} is let pass",
+            )
         if self._frames < self.limits.min_frames:
             raise Rejected("too_short", f"{self._frames} frames; at least {self.limits.min_frames} are asked for")
         if min(self._size) < self.limits.min_side:
-            raise Rejected("too_small", f"{self._size[0]}x{self._size[1]} pixels; the short side must have "
-                                        f"{self.limits.min_side}")
-        span = self._last - (self._first or 0.0)  # from the first frame's time to the last's
-        fps = (self._frames - 1) / span if span > 0 else float(self.rate)
-        return Facts(self._frames, *self._size, round(fps, 3), round(self._frames / fps, 4),
-                     extension(self.container.format.name, self.name), self._bad)
+            raise Rejected(
+                "too_small", f"{self._size[0]}x{self._size[1]} pixels; the short side must have {self.limits.min_side}"
+            )
+        return Facts(
+            self._frames,
+            *self._size,
+            *pace(self._frames, self._last - (self._first or 0.0), float(self.video.rate)),
+            extension(self.video.container.format.name, self.name),
+            self._bad,
+            self.window is not None and self.window.cuts and self.limits.transcodes,
+        )
+
+    def _check_stretch(self) -> None:
+        if self.window is None or not self.window.cuts:
+            return
+        stretch = self.window.stretch
+        if self.window.inside == 0:
+            raise Rejected(
+                "outside_film", f"the row means {stretch} s of a film whose last frame is at {self.window.last:.2f} s"
+            )
+        if not self.limits.transcodes and not self.window.is_close:
+            raise Rejected(
+                "not_cut",
+                f"the row means {stretch} s of a film that ends at {self.window.last:.2f} s, and the profile "
+                f"{self.limits.profile} keeps files as they are; take --profile train or archive, or cut the files before",
+            )
 
     def _check_cut(self) -> None:
         seen = f"{self._frames} frames and {self._packets} packets seen"
         if self._cut:
             raise Rejected("truncated", f"the data breaks off within a packet; {seen}")
-        names = self.container.format.name.split(",")
-        if "avi" in names and 0 < self._packets < ENOUGH * self.stream.frames:
-            raise Rejected("truncated", f"the header declares {self.stream.frames} frames; {seen}")
-        declared = (self.container.duration or 0) / av.time_base
-        if any(n in names for n in _DECLARES_DURATION) and self._reached < ENOUGH * declared - 0.1:
-            raise Rejected("truncated", f"the header declares {declared:.2f} s, the data ends at "
-                                        f"{self._reached:.2f} s; {seen}")
+        container, stream = self.video.container, self.video.stream
+        if evidence := loses_packets(self._data, container.format.name):
+            raise Rejected("truncated", f"the data breaks off within a packet, {evidence}; {seen}")
+        names = container.format.name.split(",")
+        declared = (container.duration or 0) / av.time_base
+        if "avi" in names and 0 < self._packets < ENOUGH * stream.frames:
+            lack = f"the header declares {stream.frames} frames"
+        elif any(n in names for n in _DECLARES_DURATION) and self._reached < ENOUGH * declared - 0.1:
+            lack = f"the header declares {declared:.2f} s, the data ends at {self._reached:.2f} s"
+        else:
+            return
+        indexed = max((entry.pos + entry.size for s in container.streams for entry in s.index_entries), default=0)
+        if evidence := breaks_off(self._data, container.format.name, indexed):
+            raise Rejected("truncated", f"{lack}, {evidence}; {seen}")
+
+
+def pace(frames: int, span: float, nominal: float) -> tuple[float, float]:
+    """Give the frames per second and the duration in seconds of `frames` whose first and last are `span` seconds apart.
+
+    Args:
+        nominal: frames per second of what has no span, such as a single frame.
+    """
+    fps = (frames - 1) / span if span > 0 else nominal
+    return round(fps, 3), round(frames / fps, 4)
 
 
 _EXTENSIONS = {"mov": "mp4", "matroska": "mkv", "mpeg": "mpg", "mpegts": "ts", "asf": "wmv", "ogg": "ogv"}
-_SAME_CONTAINER = {"mov": {"mp4", "mov", "m4v", "3gp", "3g2", "mj2"}, "matroska": {"mkv", "webm"},
-                   "mpeg": {"mpg", "mpeg", "vob"}, "mpegts": {"ts", "mts", "m2ts"}}
+_SAME_CONTAINER = {
+    "mov": {"mp4", "mov", "m4v", "3gp", "3g2", "mj2"},
+    "matroska": {"mkv", "webm"},
+    "mpeg": {"mpg", "mpeg", "vob"},
+    "mpegts": {"ts", "mts", "m2ts"},
+}
 
 
 def extension(container: str, name: str) -> str:
-    """The extension of a container (FFmpeg's name of it), the file's own where it is one of that container."""
+    """Return the extension of a container (FFmpeg's name of it), the file's own where it is one of that container."""
     family = container.split(",")[0]
     own = name.rsplit(".", 1)[-1].lower() if "." in name else ""
     return own if own in _SAME_CONTAINER.get(family, ()) else _EXTENSIONS.get(family, family)
-
-
-def _reason(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error)

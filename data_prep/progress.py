@@ -1,59 +1,68 @@
-"""Progress on stderr: how much is done, how fast, how long it will take. Redrawn on a terminal, else plain lines."""
+"""Progress on stderr by tqdm: a bar on a terminal, else a plain line now and then, so that a log does not fill up."""
 
 from __future__ import annotations
 
 import sys
-import time
-from collections import deque
+from collections.abc import Sequence
+
+from tqdm import tqdm
 
 TERMINAL_S = 0.5
 PLAIN_S = 10.0
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt}{unit} [{remaining} left, {rate_noinv_fmt}{postfix}]"
+PLAIN = "{n_fmt}/{total_fmt}{unit} {percentage:.1f}%, {rate_noinv_fmt}, {remaining} left{postfix}"
 
 
-def clock(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``."""
-    whole = int(seconds)
-    hours, rest = divmod(whole, 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+class _Lines:
+    """Stderr without the carriage returns by which tqdm redraws its bar."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            print(line, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def say(notes: Sequence[str], most: int = 20) -> None:
+    """Print what people should know, a line each, `most` of them at most; report.json holds them all."""
+    for note in notes[:most]:
+        print(f"note: {note}", file=sys.stderr, flush=True)
+    if len(notes) > most:
+        print(f"... and {len(notes) - most:,} more notes, all of them in report.json", file=sys.stderr, flush=True)
 
 
 class Progress:
-    """Counts towards `total` of `unit`; `total` may grow, and 0 means that it is not known."""
+    """Counts towards `total` of `unit`, `done` of which an earlier run has finished; silent where not `shown`."""
 
     def __init__(self, total: int, unit: str, done: int = 0, shown: bool = True) -> None:
-        self.total = total
-        self.unit = unit
-        self.done = self._before = done
-        self.shown = shown
-        self._started = time.monotonic()
-        self._terminal = sys.stderr.isatty()
-        self._next = self._started + (0.0 if self._terminal else 2.0)
-        self._recent: deque[tuple[float, int]] = deque([(self._started, done)], maxlen=60)
+        terminal = sys.stderr.isatty()
+        self._unit = unit
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            unit=f" {unit}",
+            disable=not shown,
+            leave=False,
+            file=sys.stderr if terminal else _Lines(),
+            miniters=1,
+            mininterval=TERMINAL_S if terminal else PLAIN_S,
+            delay=0 if terminal else PLAIN_S,
+            dynamic_ncols=terminal,
+            bar_format=BAR if terminal else PLAIN,
+        )
 
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """Count on; prints when it is time to."""
-        self.done += count
-        now = time.monotonic()
-        if self.shown and now >= self._next:
-            self._next = now + (TERMINAL_S if self._terminal else PLAIN_S)
-            self._recent.append((now, self.done))
-            print(self._line(now, note), end="\r" if self._terminal else "\n", file=sys.stderr, flush=True)
+    def advance(self, note: str = "") -> None:
+        """Count one more; `note` stands at the end of the line."""
+        self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update()
 
     def close(self, note: str = "") -> None:
-        """Print the last line."""
-        if self.shown:
-            seconds = time.monotonic() - self._started
-            rate = (self.done - self._before) / max(seconds, 1e-9)
-            end = "\x1b[K\n" if self._terminal else "\n"
-            print(f"{self.done:,} {self.unit} in {clock(seconds)}, {rate:.1f}/s{note}", end=end, file=sys.stderr,
-                  flush=True)
-
-    def _line(self, now: float, note: str) -> str:
-        since, count = self._recent[0]
-        rate = (self.done - count) / max(now - since, 1e-9)
-        if not self.total:
-            return f"{self.done:,} {self.unit}  {rate:.1f}/s{note}"
-        left = clock((self.total - self.done) / rate) if rate > 0 else "?"
-        share = self.done / self.total
-        erase = "\x1b[K" if self._terminal else ""
-        return f"{self.done:,}/{self.total:,} {self.unit} {share:6.1%}  {rate:.1f}/s  {left} left{note}{erase}"
+        """Replace the bar by the last line: how many in what time."""
+        if self._bar.disable:
+            return
+        seconds = self._bar.format_dict["elapsed"]
+        rate = (self._bar.n - self._bar.initial) / max(seconds, 1e-9)
+        self._bar.close()
+        line = f"{self._bar.n:,} {self._unit} in {tqdm.format_interval(seconds)}, {rate:.1f}/s{note}"
+        print(line, file=sys.stderr, flush=True)

@@ -1,28 +1,35 @@
-"""A dataset in figures: the table of `data-prep stats`, report.json and report.html, the contact sheet."""
+"""A dataset in numbers: the table of `data-prep stats`, report.json and report.html, the contact sheet."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import Any
 
-from data_prep import pictures, report_html
-from data_prep.executor import Executor, LocalExecutor
-from data_prep.report_html import human_bytes, telling_first
-from vswin_dist import storage
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep import report_html
+from data_prep.executor import Executor, LocalExecutor, Task
+from data_prep.report_html import human_bytes, kept_of_classes, telling_first
+from vswin_dist import pictures, storage
+from vswin_dist.errors import before_start
 from vswin_dist.manifest import Manifest, Sample, read_manifest
 
 
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Least, median and greatest; zeros where there is none."""
-    ordered = sorted(values)
-    return (ordered[0], ordered[len(ordered) // 2], ordered[-1]) if ordered else (0.0, 0.0, 0.0)
+def spread(values: NDArray[Any]) -> tuple[float, float, float]:
+    """Give least, median and greatest; zeros where there is none."""
+    if not len(values):
+        return 0.0, 0.0, 0.0
+    ordered = np.sort(values)
+    return ordered.item(0), ordered.item(len(ordered) // 2), ordered.item(-1)
 
 
 def stats_table(manifest: Manifest) -> str:
-    """The table that `data-prep stats` prints."""
+    """Format the table that `data-prep stats` prints."""
     counts = manifest.counts
     total = sum(shard.bytes for shard in manifest.shards)
     lines = [
@@ -30,18 +37,20 @@ def stats_table(manifest: Manifest) -> str:
         f"{human_bytes(total)}, {len(manifest.classes)} classes",
         f"read {counts['read']:,} = kept {counts['kept']:,} + rejected {counts['rejected']:,}",
         "encoding: " + ", ".join(f"{k} {v}" for k, v in manifest.encoding.items()),
-        f"fingerprint {manifest.fingerprint}", "",
+        f"fingerprint {manifest.fingerprint}",
+        "",
         f"{'':22}{'least':>10}{'median':>10}{'greatest':>10}",
     ]
-    measures: list[tuple[str, list[float], str]] = [
-        ("duration, s", [s.duration for s in manifest.samples], ".2f"),
-        ("frames", [s.frames for s in manifest.samples], ".0f"),
-        ("frames per second", [s.fps for s in manifest.samples], ".2f"),
-        ("short side, pixels", [min(s.width, s.height) for s in manifest.samples], ".0f"),
-        ("long side, pixels", [max(s.width, s.height) for s in manifest.samples], ".0f"),
-        ("bytes of a video", [s.size for s in manifest.samples], ",.0f"),
-        ("bytes of a shard", [s.bytes for s in manifest.shards], ",.0f"),
-        ("videos of a shard", [s.samples for s in manifest.shards], ",.0f"),
+    numbers = manifest.samples.numbers
+    measures: list[tuple[str, NDArray[Any], str]] = [
+        ("duration, s", numbers("duration"), ".2f"),
+        ("frames", numbers("frames"), ".0f"),
+        ("frames per second", numbers("fps"), ".2f"),
+        ("short side, pixels", np.minimum(numbers("width"), numbers("height")), ".0f"),
+        ("long side, pixels", np.maximum(numbers("width"), numbers("height")), ".0f"),
+        ("bytes of a video", numbers("size"), ",.0f"),
+        ("bytes of a shard", manifest.shards.numbers("bytes"), ",.0f"),
+        ("videos of a shard", manifest.shards.numbers("samples"), ",.0f"),
     ]
     for title, values, form in measures:
         lines.append(f"{title:22}" + "".join(f"{value:>{14 if ',' in form else 10}{form}}" for value in spread(values)))
@@ -49,11 +58,10 @@ def stats_table(manifest: Manifest) -> str:
 
 
 def _class_lines(manifest: Manifest) -> list[str]:
-    kept = Counter(s.class_id for s in manifest.samples)
-    rejected = Counter(r.class_name for r in manifest.rejected)
-    seconds: Counter[int] = Counter()
-    for s in manifest.samples:
-        seconds[s.class_id] += s.duration  # type: ignore[assignment]
+    kept = kept_of_classes(manifest)
+    rejected = manifest.rejected.counts("class_name")
+    ids, durations = manifest.samples.numbers("class_id"), manifest.samples.numbers("duration")
+    seconds = np.bincount(ids, durations, len(manifest.classes)).tolist()
     width = max((len(name) for name in manifest.classes), default=5)
     lines = [f"{'id':>5}  {'class':{width}}{'videos':>9}{'rejected':>10}{'minutes':>9}"]
     for i, name in enumerate(manifest.classes):
@@ -70,82 +78,117 @@ def _reject_lines(manifest: Manifest) -> list[str]:
 
 
 def reject_list(manifest: Manifest, most: int = 20) -> list[str]:
-    """The rejected videos, one line each, `most` of them at most."""
-    lines = [f"rejected {r.source_id}: {r.reason}: {r.detail}" for r in telling_first(manifest.rejected)[:most]]
+    """List the rejected videos, one line each, `most` of them at most."""
+    lines = [f"rejected {r.source_id}: {r.reason}: {r.detail}" for r in telling_first(manifest.rejected, most)]
     if len(manifest.rejected) > most:
         lines.append(f"... and {len(manifest.rejected) - most:,} more, all of them in the manifest")
     return lines
 
 
-def facts(manifest: Manifest, unnamed: list[str]) -> dict[str, Any]:
-    """What report.json holds. No place and no time: the same dataset has the same report."""
-    kept = Counter(s.class_id for s in manifest.samples)
-    rejected = Counter(r.class_name for r in manifest.rejected)
-    measures: dict[str, list[float]] = {
-        "duration": [s.duration for s in manifest.samples], "frames": [s.frames for s in manifest.samples],
-        "fps": [s.fps for s in manifest.samples], "bytes": [s.size for s in manifest.samples],
-        "width": [s.width for s in manifest.samples], "height": [s.height for s in manifest.samples]}
+def facts(manifest: Manifest, unlabelled: Sequence[str], notes: Sequence[str]) -> dict[str, Any]:
+    """Give what report.json holds. No URL and no time: the same dataset has the same report.
+
+    What may be as long as the dataset is a sequence that makes its values as they are asked for.
+    """
+    kept = kept_of_classes(manifest)
+    rejected = manifest.rejected.counts("class_name")
+    columns = {
+        "duration": "duration",
+        "frames": "frames",
+        "fps": "fps",
+        "bytes": "size",
+        "width": "width",
+        "height": "height",
+    }
     return {
-        "name": manifest.name, "split": manifest.split, "fingerprint": manifest.fingerprint,
-        "counts": manifest.counts, "encoding": manifest.encoding,
-        "bytes": sum(s.bytes for s in manifest.shards), "hours": sum(measures["duration"]) / 3600,
-        "classes": [{"id": i, "name": name, "kept": kept[i], "rejected": rejected[name]}
-                    for i, name in enumerate(manifest.classes)],
-        "measures": {name: dict(zip(("least", "median", "greatest"), spread(values), strict=True))
-                     for name, values in measures.items()},
-        "shards": [asdict(s) for s in manifest.shards], "rejected": [asdict(r) for r in manifest.rejected],
-        "videos_without_row": unnamed,
+        "name": manifest.name,
+        "split": manifest.split,
+        "fingerprint": manifest.fingerprint,
+        "counts": manifest.counts,
+        "encoding": manifest.encoding,
+        "bytes": sum(s.bytes for s in manifest.shards),
+        "hours": sum(d for block in manifest.samples.blocks() for d in block["duration"].tolist()) / 3600,
+        "classes": [
+            {"id": i, "name": name, "kept": kept[i], "rejected": rejected[name]} for i, name in enumerate(manifest.classes)
+        ],
+        "measures": {
+            name: dict(zip(("least", "median", "greatest"), spread(manifest.samples.numbers(column)), strict=True))
+            for name, column in columns.items()
+        },
+        "shards": [asdict(s) for s in manifest.shards],
+        "rejected": manifest.rejected,
+        "videos_without_row": unlabelled,
+        "notes": notes,
     }
 
 
-def write_reports(manifest: Manifest, out: str, unnamed: list[str], pool: Executor) -> None:
+def json_parts(values: dict[str, Any]) -> Iterator[str]:
+    """Write `values` as `json.dumps` does, a part at a time: their sequences value by value, dataclasses as objects."""
+    for number, (name, value) in enumerate(values.items()):
+        yield f"{', ' if number else '{'}{json.dumps(name)}: "
+        if isinstance(value, Sequence) and not isinstance(value, (str, list)):
+            opening = "["
+            for item in value:
+                item = asdict(item) if is_dataclass(item) and not isinstance(item, type) else item
+                yield opening + json.dumps(item, ensure_ascii=False)
+                opening = ", "
+            yield "[]" if opening == "[" else "]"
+        else:
+            yield json.dumps(value, ensure_ascii=False)
+    yield "}"
+
+
+def first_of_classes(manifest: Manifest, each: int) -> list[Sample]:
+    """Return the first `each` samples of every class, in the order of the classes."""
+    ids = manifest.samples.numbers("class_id")
+    order = np.argsort(ids, kind="stable")
+    _, starts, counts = np.unique(ids[order], return_index=True, return_counts=True)
+    rows = [order[start : start + min(count, each)] for start, count in zip(starts, counts, strict=True)]
+    return list(manifest.samples[np.concatenate(rows)]) if rows else []
+
+
+def write_reports(manifest: Manifest, out: str, unlabelled: Sequence[str], notes: Sequence[str], pool: Executor) -> None:
     """Write report.json and report.html beside the manifest; `pool` makes the pictures."""
-    figures = facts(manifest, unnamed)
+    measures = facts(manifest, unlabelled, notes)
     each = 3 if len(manifest.classes) <= 100 else 2
-    images = _images(manifest, out, pictures.first_of_classes(manifest, each), pool, count=1, width=112)
-    storage.put_bytes(storage.join(out, "report.json"), (json.dumps(figures, ensure_ascii=False) + "\n").encode())
-    storage.put_bytes(storage.join(out, "report.html"), report_html.report_page(manifest, figures, images).encode())
+    samples = first_of_classes(manifest, each)
+    of_sample = _images(manifest, out, samples, pool, count=1, width=112)
+    images: dict[int, list[str]] = {}  # by class
+    for sample in samples:
+        images.setdefault(sample.class_id, []).extend(of_sample.get(sample.key, []))
+    with tempfile.TemporaryDirectory() as folder:
+        with open(path := Path(folder, "report.json"), "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(json_parts(measures))
+            file.write("\n")
+        storage.put_file(path, storage.join(out, "report.json"))
+    storage.put_bytes(storage.join(out, "report.html"), report_html.report_page(manifest, measures, images).encode())
 
 
 def refresh_reports(manifest: Manifest, out: str, workers: int) -> None:
-    """Write the reports of a dataset that changed, with what the last ones say about videos without a row."""
+    """Write the reports of a dataset that changed, with what the last ones say about its source."""
     try:
-        unnamed = json.loads(storage.read_bytes(storage.join(out, "report.json")))["videos_without_row"]
-    except (FileNotFoundError, ValueError, KeyError):
-        unnamed = []
-    pool = LocalExecutor(workers)
-    try:
-        write_reports(manifest, out, unnamed, pool)
-    finally:
-        pool.close()
+        last = json.loads(storage.read_bytes(storage.join(out, "report.json")))
+    except (FileNotFoundError, ValueError):
+        last = {}
+    with LocalExecutor(workers) as pool:
+        write_reports(manifest, out, last.get("videos_without_row", []), last.get("notes", []), pool)
 
 
 def write_preview(url: str, target: str, count: int, workers: int) -> int:
     """Write a contact sheet of `count` samples, spread over the classes; returns how many it shows."""
-    manifest = read_manifest(url)
+    with before_start():
+        manifest = read_manifest(url)
     each = max(1, -(-count // max(1, len(manifest.classes))))
-    samples = pictures.first_of_classes(manifest, each)
+    samples = first_of_classes(manifest, each)
     samples = samples[:: max(1, len(samples) // max(1, count))][:count]
-    pool = LocalExecutor(min(workers, max(1, len(samples))))
-    try:
+    with LocalExecutor(min(workers, max(1, len(samples)))) as pool:
         images = _images(manifest, url, samples, pool, count=8, width=108)
-    finally:
-        pool.close()
     storage.put_bytes(storage.absolute(target), report_html.sheet_page(manifest, samples, images).encode())
     return len(samples)
 
 
-def _images(manifest: Manifest, url: str, samples: list[Sample], pool: Executor, count: int,
-            width: int) -> dict[str, list[str]]:
-    waiting = pictures.tasks_for(manifest, url, samples, count, width)
-    images: dict[str, list[str]] = {}
-    running = 0
-    while waiting or running:
-        while waiting and pool.room > 0:
-            task = waiting.pop()
-            pool.submit(task.sample.key, pictures.pictures, task)
-            running += 1
-        done = pool.wait()
-        running -= 1
-        images[done.ticket] = done.value or []
-    return images
+def _images(
+    manifest: Manifest, url: str, samples: list[Sample], pool: Executor, count: int, width: int
+) -> dict[str, list[str]]:
+    tasks = (Task(t.sample.key, pictures.pictures, t) for t in pictures.tasks_for(manifest, url, samples, count, width))
+    return {done.ticket: done.value or [] for done in pool.run(tasks)}

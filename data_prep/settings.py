@@ -7,20 +7,21 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vswin_dist.errors import ConfigError, nearest
+from vswin_dist.manifest import COLOURS
 
 PROFILES = ("train", "archive", "copy")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
 def parse_size(text: str) -> int:
-    """Bytes from ``256MB``, ``64 MiB``, ``1.5G`` or a plain number.
+    """Parse a number of bytes from `256MB`, `64 MiB`, `1.5G` or a plain number.
 
     Raises:
-        ConfigError: it is no size.
+        ConfigError: it is not a size.
     """
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMG]I?|)B?\s*", text.upper())
     if not found or float(found[1]) * _UNITS[found[2]] < 1:
-        raise ConfigError(f"{text!r} is no size; write for instance 256MB, 64MiB or 1.5G")
+        raise ConfigError(f"{text!r} is not a size; write for instance 256MB, 64MiB or 1.5G")
     return int(float(found[1]) * _UNITS[found[2]])
 
 
@@ -41,26 +42,33 @@ class Encoding:
     max_fps: float = 0.0  # frames per second, 0 for no cap; train and archive
     min_frames: int = 2  # fewer is too_short
     min_side: int = 16  # pixels of the short side; less is too_small
-    max_bad: float = 0.05  # share of frames lost or damaged that is let pass
+    max_bad: float = 0.05  # fraction of frames lost or damaged that is let pass
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
-            raise ConfigError(f"unknown profile {self.profile!r}: one of {', '.join(PROFILES)}."
-                              f"{nearest(self.profile, PROFILES)}")
-        for name, low, high in (("short_side", 16, 8192), ("keyframe_interval", 1, 10_000), ("crf", 0, 51),
-                                ("max_fps", 0, 1000), ("min_frames", 1, 10**6), ("min_side", 2, 8192),
-                                ("max_bad", 0, 1)):
+            raise ConfigError(
+                f"unknown profile {self.profile!r}: one of {', '.join(PROFILES)}.{nearest(self.profile, PROFILES)}"
+            )
+        for name, low, high in (
+            ("short_side", 16, 8192),
+            ("keyframe_interval", 1, 10_000),
+            ("crf", 0, 51),
+            ("max_fps", 0, 1000),
+            ("min_frames", 1, 10**6),
+            ("min_side", 2, 8192),
+            ("max_bad", 0, 1),
+        ):
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ConfigError(f"{name} must be between {low} and {high}, not {value}")
 
     @property
     def transcodes(self) -> bool:
-        """True where the bytes are made anew."""
+        """Whether the bytes are made anew."""
         return self.profile != "copy"
 
     def record(self) -> dict[str, Any]:
-        """What the manifest says about the encoding: the settings that take part in this profile, and the encoder."""
+        """Describe the encoding for the manifest: the settings that take part in this profile, and the encoder."""
         everything = asdict(self)
         names = ["profile", "min_frames", "min_side", "max_bad"]
         if self.profile == "train":
@@ -70,14 +78,16 @@ class Encoding:
         chosen = {name: everything[name] for name in names}
         if self.transcodes:
             import av
+
             version = ".".join(str(n) for n in av.library_versions["libavcodec"])
             chosen |= {"codec": "libx264", "tune": "fastdecode", "pixel_format": "yuv420p", "libavcodec": version}
+            chosen["colours"] = COLOURS  # they decide the bytes here, not those of `copy`
         return dict(sorted(chosen.items()))
 
 
 @dataclass(frozen=True)
-class Settings:
-    """All that decides the bytes of a dataset, given its source. `workers` and places are no part of it."""
+class PrepSettings:
+    """All that decides the bytes of a dataset, given its source. The workers and the folders are no part of it."""
 
     encoding: Encoding = field(default_factory=Encoding)
     shard_bytes: int = 256 * 10**6  # target bytes of a tar; a larger single video makes a larger tar
@@ -97,12 +107,12 @@ class Settings:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
 
     def record(self) -> dict[str, Any]:
-        """What two runs into one output must have in common, as plain JSON."""
+        """Describe for the journal what two runs into one output must have in common, as plain JSON."""
         return {**asdict(self), "encoding": self.encoding.record()}
 
 
-def settings_of(record: dict[str, Any]) -> Settings:
-    """The settings that `Settings.record` described."""
+def settings_of(record: dict[str, Any]) -> PrepSettings:
+    """Make the settings that `PrepSettings.record` described."""
     names = Encoding.__dataclass_fields__
     encoding = Encoding(**{k: v for k, v in record["encoding"].items() if k in names})
-    return Settings(**{**record, "encoding": encoding})
+    return PrepSettings(**{**record, "encoding": encoding})

@@ -1,4 +1,4 @@
-"""Hold shards against their manifest: counts, sizes, sha256, and every member's name, place and crc32."""
+"""Hold shards against their manifest: counts, sizes, sha256, and every member's name, offset and crc32."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO
 
-from data_prep.executor import LocalExecutor
+import numpy as np
+
+from data_prep.executor import LocalExecutor, Task
 from data_prep.progress import Progress
 from data_prep.tasks import patiently
 from vswin_dist import storage
-from vswin_dist.errors import DataError, WorkFailed
+from vswin_dist.errors import DataError, StorageError, WorkFailed, before_start
 from vswin_dist.manifest import Manifest, Sample, Shard, read_manifest, shard_url
 
 CHUNK = 1 << 20
@@ -31,42 +33,49 @@ class ShardTask:
 
 
 def verify_dataset(url: str, workers: int | None = None, show_progress: bool = True) -> dict[int, list[str]]:
-    """What is wrong with each shard of the dataset at `url`, by shard number; -1 stands for the folder. Empty is well.
+    """Check every shard of the dataset at `url`.
+
+    Returns:
+        What is wrong with each, by shard number; -1 stands for the folder. Empty is well.
 
     Raises:
-        DataError: the manifest is absent or damaged.
+        DataError: the manifest is absent or damaged. PreflightError: the storage fails.
     """
+    with before_start():
+        return _verify(url, workers or os.cpu_count() or 1, show_progress)
+
+
+def _verify(url: str, workers: int, show_progress: bool) -> dict[int, list[str]]:
     manifest = read_manifest(url)
+    manifest.check(url)
     wrong: dict[int, list[str]] = {}
-    if extra := extra_shards(manifest, url):
-        wrong[-1] = [f"{name}: a shard that the manifest does not list" for name in extra]
-    per_shard: dict[int, list[Sample]] = {n: [] for n in range(len(manifest.shards))}
-    for sample in manifest.samples:
-        per_shard[sample.shard].append(sample)
+    if problems := [f"{name}: a shard that the manifest does not list" for name in extra_shards(manifest, url)]:
+        wrong[-1] = problems
+    if (found := replace(manifest).fingerprint) != manifest.fingerprint:
+        wrong.setdefault(-1, []).append(f"the manifest says fingerprint {manifest.fingerprint}, its content has {found}")
+    numbers = manifest.samples.numbers("shard")
+    by_shard = np.argsort(numbers, kind="stable")
+    ends = np.searchsorted(numbers[by_shard], np.arange(len(manifest.shards) + 1)).tolist()
     progress = Progress(len(manifest.shards), "shards", shown=show_progress)
-    pool = LocalExecutor(min(workers or os.cpu_count() or 1, max(1, len(manifest.shards))))
-    try:
-        waiting = list(enumerate(manifest.shards))[::-1]
-        running = 0
-        while waiting or running:
-            while waiting and pool.room > 0:
-                number, shard = waiting.pop()
-                task = ShardTask(number, shard_url(url, shard), shard, per_shard.pop(number))
-                pool.submit(number, check_shard, task)
-                running += 1
-            done = pool.wait()
-            running -= 1
-            if problems := ["worker processes died on it"] if done.crashed else done.value:
+    tasks = (
+        Task(
+            number,
+            check_shard,
+            ShardTask(number, shard_url(url, shard), shard, list(manifest.samples[by_shard[first:last]])),
+        )
+        for number, (shard, first, last) in enumerate(zip(manifest.shards, ends[:-1], ends[1:], strict=True))
+    )
+    with LocalExecutor(min(workers, max(1, len(manifest.shards)))) as pool:
+        for done in pool.run(tasks):
+            if problems := [done.crashed] if done.crashed else done.value:
                 wrong[done.ticket] = problems
             progress.advance()
-    finally:
-        pool.close()
     progress.close()
     return dict(sorted(wrong.items()))
 
 
 def extra_shards(manifest: Manifest, url: str) -> list[str]:
-    """Tars beside the manifest that it does not list: a reader that takes `*.tar` would read them."""
+    """List tars beside the manifest that it does not list: a reader that takes `*.tar` would read them."""
     folder = storage.absolute(url)
     folder = folder.rsplit("/", 1)[0] if folder.endswith(".json") else folder
     listed = {shard.url for shard in manifest.shards}
@@ -74,7 +83,7 @@ def extra_shards(manifest: Manifest, url: str) -> list[str]:
 
 
 def check_shard(task: ShardTask) -> list[str]:
-    """Every problem of one shard, in words; empty is well."""
+    """Name every problem of one shard; empty is well."""
     name = task.shard.url
     try:
         found = storage.size(task.url)
@@ -96,18 +105,18 @@ def check_shard(task: ShardTask) -> list[str]:
 
 
 def _read_through(task: ShardTask) -> tuple[list[str], str]:
-    """What is wrong with the members, and the sha256. Raises DataError where remote storage fails, maybe for a moment."""
+    """Return what is wrong with the members, and the sha256; StorageError where remote storage fails, if for a moment."""
     try:
         with storage.open_read(task.url) as file:
             reader = _Hashing(file)
             wrong = list(_check_members(reader, task.samples))
             reader.drain()
-    except (DataError, FileNotFoundError):
+    except (DataError, StorageError, FileNotFoundError):
         raise
     except Exception as error:
         if storage.is_local(task.url):
             raise
-        raise DataError(f"{task.url}: {type(error).__name__}: {error}") from error
+        raise StorageError(f"{task.url}: {type(error).__name__}: {error}", storage.retriable(error)) from error
     return wrong, reader.digest.hexdigest()
 
 
@@ -156,8 +165,10 @@ def _check_members(reader: _Hashing, samples: list[Sample]) -> Iterator[str]:
 
 def _check_video(tar: tarfile.TarFile, member: tarfile.TarInfo, sample: Sample) -> Iterator[str]:
     if (member.offset_data, member.size) != (sample.offset, sample.size):
-        yield (f"{member.name} lies at {member.offset_data} with {member.size} bytes, the manifest says "
-               f"{sample.offset} with {sample.size}")
+        yield (
+            f"{member.name} lies at {member.offset_data} with {member.size} bytes, the manifest says "
+            f"{sample.offset} with {sample.size}"
+        )
     elif zlib.crc32(_read(tar, member)) != sample.crc32:
         yield f"{member.name}: its bytes changed (crc32)"
 

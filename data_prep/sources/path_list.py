@@ -1,15 +1,25 @@
-"""A plain list as the field's other tools use it: ``path label_id`` on every line, space separated, no header."""
+"""A plain list as the field's other tools use it, no header: `path label_id` or `path frames label_id` on every line.
+
+What stands between them may be spaces, tabs or commas. The count of frames, which older lists give, is not used.
+"""
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import re
+from array import array
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from data_prep.sources.base import Listing, read_classes, read_text
-from data_prep.sources.csv_index import list_rows
+from data_prep.compact import TextList
+from data_prep.sources.base import Listing, read_classes, read_lines
+from data_prep.sources.rows import Row, Videos, list_rows
 from vswin_dist import storage
 from vswin_dist.errors import DataError
+
+_LINE = re.compile(r"(?P<path>.*[^\s,;])[\s,;]+(?P<number>\d{1,18})")
+_EXTENSION = re.compile(r"\.\w{2,4}$")
 
 
 @dataclass(frozen=True)
@@ -23,21 +33,67 @@ class ListSource:
 
     def listing(self) -> Listing:
         """See `Source.listing`."""
-        rows: list[tuple[str, int]] = []
-        for number, line in enumerate(read_text(self.index, "list").splitlines(), 1):
+        videos = Videos(self.videos)
+        paths, ids, numbers = TextList(), array("q"), array("q")  # of every row, numbers those of their lines
+        counts = 0  # lines with a count of frames
+        lines = itertools.chain.from_iterable(map(str.splitlines, read_lines(self.index, "list")))
+        for number, line in enumerate(lines, 1):
             if line.strip():
-                path, _, label = line.strip().rpartition(" ")
-                if not path or not label.isdecimal():
-                    raise DataError(f"{self.index}, line {number}: {line.strip()!r} is not 'path label_id'")
-                rows.append((path.strip(), int(label)))
-        if not rows:
+                path, class_id, has_count = self._parse(line.strip(), number, videos)
+                paths.append(path)
+                ids.append(class_id)
+                numbers.append(number)
+                counts += has_count
+        if not paths:
             raise DataError(f"{self.index} has no lines")
-        names = self.names or [str(i) for i in range(max(label for _, label in rows) + 1)]
-        if out := [(path, label) for path, label in rows if label >= len(names)]:
-            raise DataError(f"{self.index}: {out[0][0]!r} has class id {out[0][1]}, --classes gives {len(names)} names")
-        named = {path for path, _ in rows}
-        listing = list_rows([(path, names[label]) for path, label in rows], self.videos, named, self.index)
+        names = self._names(paths, ids, numbers)
+        rows = (Row(path, names[i], line) for path, i, line in zip(paths, ids, numbers, strict=True))
+        listing = list_rows(rows, videos, self.index)
+        if counts:
+            listing.notes.append(f"{self.index}: {counts:,} lines give a count of frames, which is not used")
+        if not self.names and (least := min(ids)):
+            listing.notes.append(f"{self.index}: the class ids begin at {least}; the first class has id 0")
         return replace(listing, classes=names)
+
+    def _parse(self, line: str, number: int, videos: Videos) -> tuple[str, int, bool]:
+        """Return path and class id, and whether a count of frames stands between them."""
+        found = _LINE.fullmatch(line)
+        if not found:
+            raise DataError(f"{self.index}, line {number}: {line!r} is not 'path label_id' or 'path frames label_id'")
+        path, class_id = _unquoted(found["path"]), int(found["number"])
+        shorter = _LINE.fullmatch(path)
+        if not shorter or _EXTENSION.search(path) or videos.find(path) >= 0:
+            return path, class_id, False
+        rest = _unquoted(shorter["path"])
+        if _EXTENSION.search(rest) or videos.find(rest) >= 0:
+            return rest, class_id, True
+        if (more := _LINE.fullmatch(rest)) and (_EXTENSION.search(more["path"]) or videos.find(more["path"]) >= 0):
+            raise DataError(
+                f"{self.index}, line {number}: {line!r} has more than one number between path and label_id; "
+                "parts of videos are taken from a csv file with columns start and end, in seconds"
+            )
+        return path, class_id, False
+
+    def _names(self, paths: TextList, ids: array[int], lines: array[int]) -> list[str]:
+        """Give the class names by id, after checking that every id has one.
+
+        Raises:
+            DataError: an id has none, or there are more ids than rows: one of them is a mistake.
+        """
+        largest = max(ids)
+        row = ids.index(largest)
+        path, line = paths[row], lines[row]
+        if self.names and largest >= len(self.names):
+            raise DataError(
+                f"{self.index}, line {line}: {path!r} has class id {largest}, --classes gives {len(self.names)} names, "
+                "the first of which has id 0"
+            )
+        if not self.names and largest >= len(ids):
+            raise DataError(
+                f"{self.index}, line {line}: {path!r} has class id {largest}, which makes {largest + 1:,} classes of "
+                f"{len(ids):,} rows; correct it, or give the names of all classes with --classes"
+            )
+        return self.names or [str(i) for i in range(largest + 1)]
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,3 +106,7 @@ class ListSource:
         """See `Source.from_arguments`."""
         names = read_classes(arguments.classes) if arguments.classes else []
         return cls(storage.absolute(arguments.index), storage.absolute(arguments.videos), names)
+
+
+def _unquoted(path: str) -> str:
+    return path[1:-1].replace('""', '"').strip() if len(path) > 2 and path[0] == path[-1] == '"' else path

@@ -1,7 +1,7 @@
-"""Something-Something V2: annotation json, labels.json, and ``ID.webm`` in a folder or in the cut tar.gz.
+"""Something-Something V2: annotation json, labels.json, and `ID.webm` in a folder or in the cut tar.gz.
 
 The class is the entry's template without its brackets; class ids come from labels.json. Test entries have an id
-alone: their classes come from the answers csv (``id;class name``).
+alone: their classes come from the answers csv (`id;class name`).
 """
 
 from __future__ import annotations
@@ -9,12 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from dataclasses import dataclass, replace
+from array import array
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from data_prep.sources.base import Item, Listing, find_archives, find_files, first_per_id, natural, read_text
+from data_prep.compact import Chosen
+from data_prep.sources.base import Listing, find_archives, find_files, first_per_id, natural, read_text
+from data_prep.sources.items import Item
 from vswin_dist import storage
 from vswin_dist.errors import DataError
+from vswin_dist.manifest import nfc
 
 _PIECE = re.compile(r"-(\d\d+|[a-z]{2})$")  # 20bn-something-something-v2-00, ...-aa
 
@@ -32,22 +36,27 @@ class Ssv2Source:
     def listing(self) -> Listing:
         """See `Source.listing`."""
         classes = self._classes()
-        rows, again = first_per_id(self._rows())
-        by_id = {row.source_id: row for row in rows}
+        items, numbers, notes = first_per_id(self._rows(), self.annotations)
 
-        def find(path: str) -> Item | None:
-            return by_id.get(path.rsplit("/", 1)[-1].rsplit(".", 1)[0])
+        def number_of(path: str) -> int:
+            return numbers.find(nfc(path.rsplit("/", 1)[-1].rsplit(".", 1)[0]))
+
+        def find(path: str) -> list[Item]:
+            number = number_of(path)
+            return [items[number]] if number >= 0 else []
 
         if archives := self._archives():
-            return Listing(rows, again, classes, archives, find)
-        base = storage.absolute(self.videos)
-        urls: dict[str, str] = {}
-        unnamed = again
-        for file in find_files(self.videos):
-            row = find(file)
-            if row is None or urls.setdefault(row.source_id, storage.join(base, file)) != storage.join(base, file):
-                unnamed.append(file)
-        return Listing([replace(row, url=urls.get(row.source_id, "")) for row in rows], unnamed, classes)
+            return Listing(items, [], classes, archives, find, notes)
+        files = find_files(self.videos)
+        items.locate(storage.absolute(self.videos), files)
+        unlabelled = array("i")
+        for file, path in enumerate(files):
+            number = number_of(path)
+            if number >= 0 and items.file(number) < 0:
+                items.place(number, file, False)
+            else:
+                unlabelled.append(file)
+        return Listing(items, Chosen(files, unlabelled), classes, notes=notes)
 
     def _archives(self) -> list[list[str]]:
         if found := find_archives(self.videos) if not _PIECE.search(self.videos.rstrip("*?")) else []:
@@ -60,7 +69,7 @@ class Ssv2Source:
         try:
             return json.loads(read_text(url, what))
         except ValueError as error:
-            raise DataError(f"{what} {url} is no json: {error}") from error
+            raise DataError(f"{what} {url} is not valid JSON: {error}") from error
 
     def _classes(self) -> list[str]:
         labels = self._json(self.labels, "labels")
@@ -83,8 +92,10 @@ class Ssv2Source:
                 template = entry.get("template")
                 name = re.sub(r"[\[\]]", "", template) if template else answers.get(number, "")
                 if not name:
-                    raise DataError(f"{self.annotations}: entry {number} has no template"
-                                    + (f" and no line in {self.answers}" if self.answers else "; give --answers"))
+                    raise DataError(
+                        f"{self.annotations}: entry {number} has no template"
+                        + (f" and no line in {self.answers}" if self.answers else "; give --answers")
+                    )
                 rows.append(Item(number, name, ""))
         except (TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{self.annotations} is not a list of entries with an id") from error
@@ -98,13 +109,21 @@ class Ssv2Source:
         parser.set_defaults(sampling="uniform")  # actions are defined over the whole video
         parser.add_argument("--annotations", required=True, metavar="URL", help="train, validation or test json")
         parser.add_argument("--labels", required=True, metavar="URL", help="labels.json")
-        parser.add_argument("--videos", required=True, metavar="URL",
-                            help="folder of ID.webm files, or of the pieces 20bn-something-something-v2-??")
+        parser.add_argument(
+            "--videos",
+            required=True,
+            metavar="URL",
+            help="folder of ID.webm files, or of the pieces 20bn-something-something-v2-??",
+        )
         parser.add_argument("--answers", default="", metavar="URL", help="csv of the test set's classes, id;class name")
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> Ssv2Source:
         """See `Source.from_arguments`."""
         answers = storage.absolute(arguments.answers) if arguments.answers else ""
-        return cls(storage.absolute(arguments.annotations), storage.absolute(arguments.labels),
-                   storage.absolute(arguments.videos), answers)
+        return cls(
+            storage.absolute(arguments.annotations),
+            storage.absolute(arguments.labels),
+            storage.absolute(arguments.videos),
+            answers,
+        )

@@ -1,6 +1,6 @@
 """A Ray cluster of real processes on this machine, on free ports, ended by process id.
 
-It lives in a temporary folder of its own, so a Ray that the user runs is neither seen nor touched; ``ray stop``, which
+It lives in a temporary folder of its own, so a Ray that the user runs is neither seen nor touched; `ray stop`, which
 would end that one too, is never called.
 """
 
@@ -18,13 +18,15 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 START_TIMEOUT_S = 120
+HEAD_GRACE_S = 4  # its jobs have ended: nothing is written any more, and by itself it takes 10 to 20 s
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -37,7 +39,7 @@ def free_ports(count: int) -> list[int]:
         return [s.getsockname()[1] for s in sockets]
 
 
-def end_process(process: subprocess.Popen[bytes], grace_s: float = 20) -> None:
+def end_process(process: subprocess.Popen[Any], grace_s: float = 20) -> None:
     """End `process` and every process below it: SIGTERM, and SIGKILL for what is left after `grace_s`."""
     try:
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -52,6 +54,31 @@ def end_process(process: subprocess.Popen[bytes], grace_s: float = 20) -> None:
             p.kill()
     psutil.wait_procs(alive, timeout=10)
     process.wait(10)
+
+
+def run_shown(
+    command: Sequence[str], folder: Path, env: Mapping[str, str], meanwhile: Callable[[str], None] = lambda line: None
+) -> tuple[int, str]:
+    """Run `command` in `folder`, its output shown as it comes; every process of it ends with the call.
+
+    Args:
+        meanwhile: is given each line of the output.
+
+    Returns:
+        The exit code and the output.
+    """
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder, env=env, start_new_session=True)
+    lines = []
+    try:
+        assert process.stdout
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+            meanwhile(line)
+        return process.wait(), "".join(lines)
+    finally:
+        if process.poll() is None:
+            end_process(process)
 
 
 @dataclass(frozen=True)
@@ -77,22 +104,40 @@ def local_cluster(cpus: int, env: dict[str, str] | None = None) -> Iterator[Clus
     folder = Path(tempfile.mkdtemp(prefix="vswin-ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))  # noqa: S108
     log = folder / "head.log"
     port, dashboard, agent, grpc, client = free_ports(5)
-    command = [RAY, "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1",
-               f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
-               f"--dashboard-agent-grpc-port={grpc}", f"--ray-client-server-port={client}",
-               "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--num-cpus={cpus}",
-               f"--object-store-memory={256 << 20}", f"--temp-dir={folder}"]
+    command = [
+        RAY,
+        "start",
+        "--head",
+        "--block",
+        "--disable-usage-stats",
+        "--node-ip-address=127.0.0.1",
+        f"--port={port}",
+        f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}",
+        f"--dashboard-agent-grpc-port={grpc}",
+        f"--ray-client-server-port={client}",
+        "--include-dashboard=true",
+        "--dashboard-host=127.0.0.1",
+        f"--num-cpus={cpus}",
+        f"--object-store-memory={256 << 20}",
+        f"--temp-dir={folder}",
+    ]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # jobs run this same Python
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # nobody else's jobs run here
     with open(log, "wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                                   env={**os.environ, **(env or {}), "PATH": path, **token})
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **(env or {}), "PATH": path, **token},
+        )
     try:
         url = f"http://127.0.0.1:{dashboard}"
         _wait_until_up(f"{url}/api/jobs/", process, log)
         yield Cluster(url, f"127.0.0.1:{port}", token)
     finally:
-        end_process(process)
+        end_process(process, HEAD_GRACE_S)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,6 +1,6 @@
-"""``make demo``: videos -> shards -> 2D weights -> inflated model -> training on Ray and DeepSpeed -> scores -> registry.
+"""`make demo`: videos -> shards -> 2D weights -> inflated model -> training on Ray and DeepSpeed -> scores -> registry.
 
-Every step is the command that a user would give. With ``--data DIR`` (one folder per class, or an index.csv with path
+Every step is the command that a user would give. With `--data DIR` (one folder per class, or an index.csv with path
 and label) the videos are the user's; otherwise they are rendered.
 """
 
@@ -15,7 +15,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -24,9 +23,9 @@ from pathlib import Path
 from types import FrameType
 
 from infra.local import motions
-from infra.local.cluster import RAY, Cluster, end_process, local_cluster
+from infra.local.cluster import RAY, Cluster, local_cluster, run_shown
 from infra.local.stills import pretrain
-from vswin_dist import storage
+from vswin_dist import local_files
 from vswin_dist.config import load_settings
 from vswin_dist.errors import DataError, WorkFailed, run_command
 from vswin_dist.manifest import read_manifest
@@ -54,22 +53,12 @@ class Demo:
             WorkFailed: it ended with another code than 0.
         """
         print(f"\n$ {shlex.join(command)}", flush=True)
-        began, lines = time.perf_counter(), []
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY,
-                                   env={**os.environ, **(env or {})}, start_new_session=True)
-        try:
-            assert process.stdout
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                lines.append(line)
-            code = process.wait()
-        finally:
-            if process.poll() is None:
-                end_process(process)  # type: ignore[arg-type]
+        began = time.perf_counter()
+        code, output = run_shown(command, REPOSITORY, {**os.environ, **(env or {})})
         if code:
             raise WorkFailed(f"the step {step!r} ended with exit code {code}; its output stands above")
         self.times[step] = self.times.get(step, 0) + time.perf_counter() - began
-        return "".join(lines)
+        return output
 
 
 def split_index(data: Path, folder: Path, seed: int) -> None:
@@ -82,16 +71,19 @@ def split_index(data: Path, folder: Path, seed: int) -> None:
         with open(data / "index.csv", newline="") as file:
             rows = [(r["path"], r["label"]) for r in csv.DictReader(file)]
     elif data.is_dir():
-        rows = [(str(p.relative_to(data)), p.parent.name) for p in sorted(data.glob("*/*"))
-                if p.suffix.lower() in VIDEO_ENDINGS]
+        rows = [
+            (str(p.relative_to(data)), p.parent.name) for p in sorted(data.glob("*/*")) if p.suffix.lower() in VIDEO_ENDINGS
+        ]
     else:
-        raise DataError(f"{data} is no folder")
+        raise DataError(f"{data} is not a folder")
     classes = defaultdict(list)
     for path, label in rows:
         classes[label].append(path)
     if len(classes) < 2 or min(map(len, classes.values())) < 2:
-        raise DataError(f"{data}: found {len(rows)} videos in {len(classes)} classes; at least two classes of two "
-                        "videos are needed, as DIR/CLASS/VIDEO or in DIR/index.csv with path and label")
+        raise DataError(
+            f"{data}: found {len(rows)} videos in {len(classes)} classes; at least two classes of two "
+            "videos are needed, as DIR/CLASS/VIDEO or in DIR/index.csv with path and label"
+        )
     parts: dict[str, list[tuple[str, str]]] = {"train": [], "val": []}
     for label, paths in sorted(classes.items()):
         random.Random(f"{seed}/{label}").shuffle(paths)  # noqa: S311
@@ -121,37 +113,75 @@ def prepare(demo: Demo, data: Path | None) -> dict[str, int] | None:
     for part in ("train", "val"):
         videos = demo.folder / "videos" / part if data is None else data
         index = videos / "index.csv" if data is None else demo.folder / f"{part}.csv"
-        demo.command("shard", str(Path(sys.executable).with_name("data-prep")), "shard", "csv", "--index", str(index),
-                     "--videos", str(videos), "--path-column", "path", "--label-column", "label",
-                     "--classes", str(demo.folder / "classes.txt"), "--short-side", "48" if data is None else "128",
-                     "--name", demo.name, "--split", part, "--out", str(demo.folder / "shards" / part))
+        demo.command(
+            "shard",
+            str(Path(sys.executable).with_name("data-prep")),
+            "shard",
+            "csv",
+            "--index",
+            str(index),
+            "--videos",
+            str(videos),
+            "--path-column",
+            "path",
+            "--label-column",
+            "label",
+            "--classes",
+            str(demo.folder / "classes.txt"),
+            "--short-side",
+            "48" if data is None else "128",
+            "--name",
+            demo.name,
+            "--split",
+            part,
+            "--out",
+            str(demo.folder / "shards" / part),
+        )
     return labels
 
 
 def lengthened(clips: int) -> list[str]:
-    """The settings that train on a set of fewer clips than the rendered one for as many steps, scored as often."""
+    """Return the settings that train on a set of fewer clips than the rendered one for as many steps, scored as often."""
     recipe, times = load_settings("demo", ["data.train=any"]), max(TRAIN_VIDEOS / clips, 1)
-    return [f"training.epochs={round(recipe.training.epochs * times)}",
-            f"optim.warmup_epochs={recipe.optim.warmup_epochs * times:g}",
-            f"evaluation.every_epochs={round(recipe.evaluation.every_epochs * times)}",
-            f"training.checkpoint_every={TRAIN_VIDEOS // recipe.training.global_batch}"]
+    return [
+        f"training.epochs={round(recipe.training.epochs * times)}",
+        f"optim.warmup_epochs={recipe.optim.warmup_epochs * times:g}",
+        f"evaluation.every_epochs={round(recipe.evaluation.every_epochs * times)}",
+        f"training.checkpoint_every={TRAIN_VIDEOS // recipe.training.global_batch}",
+    ]
 
 
 def submit(demo: Demo, cluster: Cluster, overrides: list[str]) -> str:
     """Train through the real `ray job submit`; returns its output."""
-    variables = {"VSWIN_HOME": str(storage.home()), "VSWIN_SOURCE_COMMIT": source_version(REPOSITORY)}
+    variables = {"VSWIN_HOME": str(local_files.home()), "VSWIN_SOURCE_COMMIT": source_version(REPOSITORY)}
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         variables["MLFLOW_TRACKING_URI"] = uri
-    return demo.command("train", RAY, "job", "submit", "--address", cluster.dashboard, "--working-dir", ".",
-                        "--runtime-env-json", json.dumps({"env_vars": variables}), "--",
-                        "python", "jobs/train.py", "--recipe", "demo", *overrides, env=cluster.env)
+    return demo.command(
+        "train",
+        RAY,
+        "job",
+        "submit",
+        "--address",
+        cluster.dashboard,
+        "--working-dir",
+        ".",
+        "--runtime-env-json",
+        json.dumps({"env_vars": variables}),
+        "--",
+        "python",
+        "jobs/train.py",
+        "--recipe",
+        "demo",
+        *overrides,
+        env=cluster.env,
+    )
 
 
 def run(seed: int, data: Path | None, extra: list[str]) -> int:
-    """The whole line, ending with a table."""
+    """Run the whole line, ending with a table."""
     began = time.perf_counter()
     name = "demo" if data is None else f"demo-{re.sub('[^A-Za-z0-9_-]+', '-', data.name)}"
-    demo = Demo(storage.home() / "demo" / name, name, seed)
+    demo = Demo(local_files.home() / "demo" / name, name, seed)
     demo.folder.mkdir(parents=True, exist_ok=True)
     labels = prepare(demo, data)
     sets = [f"data.{part}={demo.folder / 'shards' / part}" for part in ("train", "val")]
@@ -164,39 +194,45 @@ def run(seed: int, data: Path | None, extra: list[str]) -> int:
     weights = demo.folder / "swin_nano_2d.pth"
     stills = pretrain(settings, labels, 5 * max(1, min(TRAIN_VIDEOS // clips, 4)), weights)
     demo.times["2D weights"] = time.perf_counter() - started
-    inflated = demo.command("inflate", sys.executable, "jobs/inflate.py", "--weights", str(weights), "--recipe", "demo",
-                            "--register", f"{name}-inflated", *overrides)
+    job = (sys.executable, "jobs/inflate.py", "--weights", str(weights), "--recipe", "demo")
+    inflated = demo.command("inflate", *job, "--register", f"{name}-inflated", *overrides)
     with local_cluster(cpus=2) as cluster:
         trained = submit(demo, cluster, [*overrides, f"model.init=models:/{name}-inflated@champion"])
-    champion = f"models:/{name}@champion"
-    score = [sys.executable, "jobs/evaluate.py", "--model", champion, "--data", sets[1].partition("=")[2],
-             "--clips", "1", "--crops", "1", "--batch", "32"]
+    model = re.findall(r"model +(models:\S+)", trained)[-1]  # the champion, or of a later demo its candidate
+    one_view = ("--model", model, "--clips", "1", "--crops", "1")
+    score = (sys.executable, "jobs/evaluate.py", *one_view, "--data", sets[1].partition("=")[2], "--batch", "32")
     ordered = demo.command("evaluate", *score)
     shuffled = demo.command("evaluate", *score, "--shuffle-frames")
     video = next(iter((demo.folder / "videos" / "val").glob("*/*"))) if data is None else data / first_path(demo.folder)
-    demo.command("predict", sys.executable, "jobs/predict.py", "--model", champion, "--clips", "1", "--crops", "1",
-                 str(video))
-
-    def top1(text: str) -> str:
-        return str(re.findall(r"top-1 ([\d.]+)%", text)[-1])
-
+    demo.command("predict", sys.executable, "jobs/predict.py", *one_view, str(video))
     speed = re.findall(r"([\d.]+) clips/s", trained)
-    rows = [("2D weights", f"{stills:.1f}% of still frames in the last epoch"),
-            ("inflated model", re.findall(r"registered (\S+)", inflated)[-1]),
-            ("champion", re.findall(r"model +(models:\S+)", trained)[-1]),
-            ("top-1, validation", f"{top1(ordered)}%"),
-            ("top-1, frames in random order", f"{top1(shuffled)}%"),
-            ("clips/s in training (median)", f"{sorted(map(float, speed))[len(speed) // 2]:.0f}"),
-            *((f"seconds: {step}", f"{seconds:.0f}") for step, seconds in demo.times.items()),
-            ("seconds in all", f"{time.perf_counter() - began:.0f}")]
+    rows = [
+        ("2D weights", f"{stills:.1f}% of still frames in the last epoch"),
+        ("inflated model", re.findall(r"registered (\S+)", inflated)[-1]),
+        ("trained model", model),
+        *(("report", page) for page in re.findall(r"^report +(\S+)$", trained, re.MULTILINE)[-1:]),
+        ("top-1, validation", f"{last_top1(ordered)}%"),
+        ("top-1, frames in random order", f"{last_top1(shuffled)}%"),
+        ("clips/s in training (median)", f"{sorted(map(float, speed))[len(speed) // 2]:.0f}"),
+        *((f"seconds: {step}", f"{seconds:.0f}") for step, seconds in demo.times.items()),
+        ("seconds in all", f"{time.perf_counter() - began:.0f}"),
+    ]
     print("\n" + "\n".join(f"{key:32} {value}" for key, value in rows))
-    print(f"\nCompare the runs:  {Path(sys.executable).with_name('mlflow')} ui "
-          f"--backend-store-uri {tracking_uri(None)} --port 5000")
+    print(
+        f"\nCompare the runs:  {Path(sys.executable).with_name('mlflow')} ui "
+        f"--backend-store-uri {tracking_uri(None)} --port 5000\n"
+        "                   and at the top left of http://127.0.0.1:5000 choose Model training"
+    )
     return 0
 
 
+def last_top1(text: str) -> str:
+    """Return the top-1 that a job printed last, in percent."""
+    return str(re.findall(r"top-1 ([\d.]+)%", text)[-1])
+
+
 def first_path(folder: Path) -> str:
-    """The first video of the validation index in `folder`."""
+    """Return the first video of the validation index in `folder`."""
     with open(folder / "val.csv", newline="") as file:
         return str(next(csv.DictReader(file))["path"])
 

@@ -76,7 +76,7 @@ def write_video(path: Path, frames: NDArray[np.uint8]) -> None:
 
 
 def make_dataset(folder: Path, videos: int, seed: int) -> Path:
-    """Render `videos` clips below `folder`, the classes in turn, with ``index.csv`` (path, label, shape).
+    """Render `videos` clips below `folder`, the classes in turn, with `index.csv` (path, label, shape).
 
     The same seed gives the same files. Returns the folder.
     """

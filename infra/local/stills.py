@@ -17,7 +17,8 @@ from vswin_dist import models
 from vswin_dist.config import Settings
 from vswin_dist.data.loader import TrainLoader
 from vswin_dist.data.plan import Plan
-from vswin_dist.data.transforms import normalise
+from vswin_dist.data.transforms.normalise import normalise
+from vswin_dist.device import Rank
 from vswin_dist.manifest import read_manifest
 
 
@@ -33,15 +34,22 @@ def pretrain(s: Settings, labels: dict[str, int] | None, epochs: int, out: Path)
     manifest = read_manifest(s.data.train)
     target = [labels[x.source_id] if labels else x.class_id for x in manifest.samples]
     torch.manual_seed(s.run.seed)
-    model = models.build_model(s.model.name, num_classes=max(target) + 1, patch_size=(1, 4, 4), window_size=(1, 4, 4),
-                               drop_path_rate=0.0, head_dropout=0.0)
+    model = models.build_model(
+        s.model.name,
+        num_classes=max(target) + 1,
+        patch_size=(1, 4, 4),
+        window_size=(1, 4, 4),
+        drop_path_rate=0.0,
+        head_dropout=0.0,
+    )
     plan = Plan(manifest.fingerprint, len(target), s.run.seed, 32)
     steps = epochs * plan.steps_per_epoch
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
     data = replace(s.data, frames=1, stride=1, workers=1)
+    batches = TrainLoader(manifest, data, plan, Rank(0, 1, torch.device("cpu")), 32, steps)
     hits = total = 0
-    for step, batch in enumerate(TrainLoader(manifest, data, plan, 0, 1, 32, steps)):
+    for step, batch in enumerate(batches):
         wanted = torch.tensor([target[i] for i in batch["indices"].tolist()])
         logits = model(normalise(batch["clips"], data.mean, data.std, torch.float32))
         optimizer.zero_grad()

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integration.s3_server import S3Server, rclone, start_s3
 from tests.support.bad_network import Fault, bad_network
+from tests.support.s3_server import S3Server, rclone, start_s3
 from vswin_dist.config import load_settings
-from vswin_dist.data.cache import ShardCache
 from vswin_dist.data.loader import Batch, TrainLoader
 from vswin_dist.data.plan import make_plan
+from vswin_dist.data.shard_cache import ShardCache
+from vswin_dist.device import Rank
 from vswin_dist.errors import DataError
 from vswin_dist.manifest import read_manifest
 
@@ -48,7 +49,7 @@ def epoch(url: str, cache_gb: float, workers: int = 1) -> list[Batch]:
     s = load_settings("demo", [f"data.train={url}", f"data.workers={workers}", f"data.cache_gb={cache_gb}"]).data
     manifest = read_manifest(url)
     plan = make_plan(manifest, s, 0, 13)
-    return list(TrainLoader(manifest, s, plan, 0, 1, 13, 2 * plan.steps_per_epoch))
+    return list(TrainLoader(manifest, s, plan, Rank(0, 1, torch.device("cpu")), 13, 2 * plan.steps_per_epoch))
 
 
 @contextlib.contextmanager
@@ -66,14 +67,15 @@ def reached_by(s3: S3Server, faults: Faults, delay_s: float, patch: pytest.Monke
 
 @pytest.fixture
 def bucket(motion_shards: Path, tmp_path: Path) -> Path:
-    """A folder for the server with the training shards in bucket ``data``."""
+    """A folder for the server with the training shards in bucket `data`."""
     shutil.copytree(motion_shards / "train", tmp_path / "s3" / "data" / "train")
     return tmp_path / "s3"
 
 
 @pytest.mark.parametrize("cache_gb", [0.0, 1.0])
-def test_no_sample_is_wrong_missing_or_repeated(bucket: Path, motion_shards: Path, tmp_path: Path,
-                                                monkeypatch: pytest.MonkeyPatch, cache_gb: float) -> None:
+def test_no_sample_is_wrong_missing_or_repeated(
+    bucket: Path, motion_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_gb: float
+) -> None:
     monkeypatch.setenv("VSWIN_CACHE", str(tmp_path / "cache"))
     faults = Faults()
     with start_s3(bucket) as s3, reached_by(s3, faults, 0.05, monkeypatch):
@@ -81,15 +83,16 @@ def test_no_sample_is_wrong_missing_or_repeated(bucket: Path, motion_shards: Pat
     assert faults.met.keys() == {"none", "error", "cut", "shorten", "flip"}, faults.met
     expected = epoch(str(motion_shards / "train"), 0.0, workers=0)
     for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a["clips"], b["clips"]) and torch.equal(a["indices"], b["indices"]) and not a["bad"]
+        assert torch.equal(a["clips"], b["clips"]) and torch.equal(a["indices"], b["indices"]) and not a["corrupt"]
     for part in (found[:4], found[4:]):
         assert sorted(i for b in part for i in b["indices"].tolist()) == list(range(52))
     for copy in (tmp_path / "cache").glob("*/*.tar"):
         assert hashlib.sha256(copy.read_bytes()).hexdigest() == copy.stem
 
 
-def test_copies_are_whole_and_then_need_no_network(bucket: Path, motion_shards: Path, tmp_path: Path,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_are_whole_and_then_need_no_network(
+    bucket: Path, motion_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("VSWIN_CACHE", str(tmp_path / "cache"))
     manifest, faults = read_manifest(str(motion_shards / "train")), Faults()
     monkeypatch.setattr("vswin_dist.storage.CHUNK", manifest.shards[0].bytes // 7)

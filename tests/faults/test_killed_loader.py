@@ -10,16 +10,18 @@ import psutil
 
 RANK = """
 import sys
+import torch
 from vswin_dist.config import load_settings
 from vswin_dist.data.loader import TrainLoader
 from vswin_dist.data.plan import make_plan
+from vswin_dist.device import Rank
 from vswin_dist.manifest import read_manifest
 
 if __name__ == "__main__":
     data = load_settings("demo", [f"data.train={sys.argv[1]}", "data.workers=2"]).data
     manifest = read_manifest(data.train)
     plan = make_plan(manifest, data, 0, 13)
-    batches = iter(TrainLoader(manifest, data, plan, 0, 1, 13, 10**6))
+    batches = iter(TrainLoader(manifest, data, plan, Rank(0, 1, torch.device("cpu")), 13, 10**6))
     next(batches), next(batches)
     print("at work", flush=True)
     for _ in batches:

@@ -4,26 +4,46 @@ from __future__ import annotations
 
 from tests.support.line import SMALL, Line
 
-TINY = ("model.name=swin_nano", "data.frames=16", "data.stride=1", "data.size=32", "data.short_side=32",
-        "training.workers=1", "training.use_gpu=false", "training.cpus_per_worker=1", "training.precision=fp32",
-        "training.global_batch=16", "training.max_steps=1")
+TINY = (
+    "model.name=swin_nano",
+    "data.frames=16",
+    "data.stride=1",
+    "data.size=32",
+    "data.short_side=32",
+    "training.workers=1",
+    "training.use_gpu=false",
+    "training.cpus_per_worker=1",
+    "training.precision=fp32",
+    "training.global_batch=16",
+    "training.max_steps=1",
+)
 
 
-def test_a_row_is_trained_once_and_compared(line: Line) -> None:
-    arguments = ["--table", "6", "--rows", "none", "--name", "mine", *line.sets(), *SMALL, *TINY]
-    first = line.run("ablate", *arguments)
-    assert "training 'mine_table6_none'" in first and "resumed from" not in first
+def test_a_row_is_trained_once_and_compared(cluster_line: Line) -> None:
+    rows = ["--table", "6", "--rows", "none", "spatial", "--name", "mine"]
+    arguments = [*rows, *cluster_line.sets(), *SMALL, *TINY]
+    first = cluster_line.run("ablate", *arguments)
+    assert "2 rows to train, 2 at a time" in first and "resumed from" not in first
+    assert all(f"{row} | training 'mine_table6_{row}'" in first for row in ("none", "spatial"))
     row = next(x for x in first.splitlines() if x.startswith("| mine_table6_none |"))
     assert "%" not in row and " / " in row.split("|")[2] and "| 78.1 / 93.3 |" in row
-    assert sorted(line.losses("mine_table6_none")) == [1]
+    assert sorted(cluster_line.losses("mine_table6_none")) == [1]
 
-    again = line.run("ablate", *arguments)
-    assert row in again and "training 'mine_table6_none'" not in again, "a finished row was trained again"
-    listed = line.run("ablate", "--table", "6", "--list", "--name", "mine")
-    assert row.split("|")[2] in listed and "| mine_table6_spatial | - | 78.5 / 93.5 | 87.9 |" in listed
+    again = cluster_line.run("ablate", *arguments)
+    assert row in again and "rows to train" not in again, "a finished row was trained again"
+    listed = cluster_line.run("ablate", "--table", "6", "--list", "--name", "mine")
+    assert row.split("|")[2] in listed and "| mine_table6_3d | - | 78.8 / 93.6 | 87.9 |" in listed
 
     from mlflow import MlflowClient
 
-    client = MlflowClient(line.uri)
-    runs = client.search_runs([client.get_experiment_by_name("vswin").experiment_id], "tags.mlflow.runName = 'mine_table6'")
-    assert len(runs) == 2 and {f.path for f in client.list_artifacts(runs[0].info.run_id)} >= {"comparison.md"}
+    client = MlflowClient(cluster_line.uri)
+    experiment = client.get_experiment_by_name("vswin").experiment_id
+    [parent] = client.search_runs([experiment], "tags.kind = 'ablation'")
+    assert parent.info.run_name == "mine_table6" and parent.info.status == "FINISHED"
+    assert {f.path for f in client.list_artifacts(parent.info.run_id)} >= {"comparison.md"}
+    assert {"none/top1", "spatial/top1"} <= parent.data.metrics.keys()
+    children = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
+    assert {run.info.run_name: run.data.params.get("model.shift") for run in children} == {
+        "mine_table6_none": "none",
+        "mine_table6_spatial": "spatial",
+    }

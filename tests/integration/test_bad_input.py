@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.integration.s3_server import rclone, start_s3
 from tests.support.line import SMALL, Line
+from tests.support.s3_server import rclone, start_s3
+from tests.support.shards import with_a_hollow_video
 from vswin_dist.config import load_settings
 from vswin_dist.errors import BadInput
+from vswin_dist.manifest import read_manifest, write_manifest
 from vswin_dist.models import build_model, export_state
-from vswin_dist.planning.preflight import preflight
+from vswin_dist.training.preflight import preflight
+
+
+@pytest.fixture(autouse=True)
+def _without_store(line: Line) -> None:
+    line.without_store()
 
 
 def refusal(line: Line, monkeypatch: pytest.MonkeyPatch, *settings: str) -> str:
@@ -32,7 +39,8 @@ def test_the_command_says_one_line_and_exits_with_2(line: Line) -> None:
     assert output.strip() == "error: unknown setting 'training.micro_bach'. Did you mean 'training.micro_batch'?"
     output = line.train("bad", "data.train=/no/such/folder", code=2)
     assert output.strip().splitlines() == [
-        "error: no shards at /no/such/folder: /no/such/folder/manifest.json does not exist. Make them with data-prep shard."]
+        "error: no shards at /no/such/folder: /no/such/folder/manifest.json does not exist. Make them with data-prep shard."
+    ]
     assert list(line.home.iterdir()) == []
 
 
@@ -49,17 +57,15 @@ def test_a_micro_batch_that_cuts_pairs_in_two(line: Line, monkeypatch: pytest.Mo
 def test_sets_with_other_classes(line: Line, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(line.shards / "val", other)
-    body = json.loads((other / "manifest.json").read_text())
-    body["classes"][0] = "sideways"
-    from vswin_dist.manifest import Manifest, Reject, Sample, Shard
-
-    columns = body["samples"]
-    samples = [Sample(*row) for row in zip(*(columns[n] for n in Sample.__dataclass_fields__), strict=True)]
-    changed = Manifest(body["name"], body["split"], body["classes"], body["encoding"],
-                       [Shard(**s) for s in body["shards"]], samples, [Reject(**r) for r in body["rejected"]],
-                       body["counts"]["read"])
-    (other / "manifest.json").write_bytes(changed.to_json())
+    manifest = read_manifest(str(other))
+    write_manifest(replace(manifest, classes=["sideways", *manifest.classes[1:]]), str(other))
     assert "class 0 is 'clockwise' against 'sideways'" in refusal(line, monkeypatch, f"data.val={other}")
+
+
+def test_a_video_without_frames(line: Line, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hollow = with_a_hollow_video(line.shards / "train", tmp_path / "hollow", 2)
+    message = refusal(line, monkeypatch, f"data.train={tmp_path / 'hollow'}")
+    assert f"1 without content: {hollow.source_id!r} with 0 frames" in message
 
 
 def test_a_shard_that_was_cut_short(line: Line, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -84,8 +90,17 @@ def test_a_checkpoint_whose_shapes_do_not_fit(line: Line, monkeypatch: pytest.Mo
 def test_a_model_that_is_not_registered(line: Line, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("VSWIN_HOME", str(line.home))
     with pytest.raises(BadInput, match="models:/nothing@champion"):
-        preflight(load_settings("demo", ["run.name=bad", *line.sets(), "model.init=models:/nothing@champion",
-                                         f"tracking.uri=sqlite:///{tmp_path}/m.db"]))
+        preflight(
+            load_settings(
+                "demo",
+                [
+                    "run.name=bad",
+                    *line.sets(),
+                    "model.init=models:/nothing@champion",
+                    f"tracking.uri=sqlite:///{tmp_path}/m.db",
+                ],
+            )
+        )
 
 
 def test_a_tracking_server_that_is_away(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,10 @@
-"""Validation through the engine between two steps of a training, and a loss that is lost, on two real ranks."""
+"""Validation through the engine between two steps of a training run, and a loss that is lost, on two real ranks."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,16 +13,18 @@ import torch.distributed as dist
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.support.ranks import run_ranks
-from vswin_dist.config import load_settings
+from vswin_dist.config import Settings, load_settings
 from vswin_dist.config.schema import OptimSettings, TrainingSettings
-from vswin_dist.errors import WorkFailed
-from vswin_dist.evaluation.evaluate import Rank
-from vswin_dist.manifest import read_manifest
-from vswin_dist.models import VideoSwin, build_model, swin3d
+from vswin_dist.device import Rank
+from vswin_dist.manifest import Manifest, read_manifest
+from vswin_dist.models import VideoSwin, build_model
 from vswin_dist.models.stochastic import sample_keys
-from vswin_dist.training import loop
+from vswin_dist.models.swin import model as swin_model
+from vswin_dist.tracking import NullRun, RunReference
 from vswin_dist.training.engine import Engine, deepspeed_config
 from vswin_dist.training.optim import parameter_groups
+from vswin_dist.training.step_metrics import StepMetrics, average
+from vswin_dist.training.trainer import Trainer, WorkerConfig
 
 CPU = torch.device("cpu")
 
@@ -30,19 +33,46 @@ def rank() -> Rank:
     return Rank(dist.get_rank(), dist.get_world_size(), CPU)
 
 
-def train_and_validate(val: str, stage: int, between: bool) -> tuple[list[float], float]:
-    """The losses of two steps in bf16, with validations before, `between` and after them; the last score's loss."""
-    s = load_settings("demo", ["run.name=x", f"data.train={val}", f"data.val={val}", f"training.zero_stage={stage}",
-                               "training.precision=bf16", "training.micro_batch=2", "data.workers=0", "data.sampling=dense",
-                               "evaluation.batch=4", "evaluation.clips=1", "evaluation.crops=1"])
+def evaluating_trainer(s: Settings, engine: Engine, manifest: Manifest) -> Trainer:
+    """A trainer without what an evaluation does not use."""
+    nothing: Any = None
+    config = WorkerConfig(s, "", RunReference("none", ""))
+    parts = (nothing, engine, nothing, nothing, nothing)  # plan, engine, loader, transform, ledger
+    return Trainer(config, rank(), manifest, manifest, *parts, NullRun(), nothing, last_step=2)
+
+
+def train_and_validate(val: str, stage: int) -> list[tuple[list[float], float]]:
+    """Two trainings, without and with validations between their steps; see `losses_and_score`."""
+    return [losses_and_score(val, stage, between) for between in (False, True)]
+
+
+def losses_and_score(val: str, stage: int, between: bool) -> tuple[list[float], float]:
+    """The losses of two steps in bf16, with validations before and between them or not; the loss of one after them."""
+    s = load_settings(
+        "demo",
+        [
+            "run.name=x",
+            f"data.train={val}",
+            f"data.val={val}",
+            f"training.zero_stage={stage}",
+            "training.precision=bf16",
+            "training.micro_batch=2",
+            "data.workers=0",
+            "data.sampling=dense",
+            "evaluation.batch=4",
+            "evaluation.clips=1",
+            "evaluation.crops=1",
+        ],
+    )
     manifest = read_manifest(val)
     torch.manual_seed(0)
-    model = build_model("swin_nano", num_classes=len(manifest.classes))
-    engine = Engine(model, parameter_groups(model.named_parameters(), s.optim), s.training, s.optim, 1, CPU)
+    model = build_model("swin_nano", num_classes=len(manifest.classes), depths=(1, 1, 1))
+    engine = Engine(model, parameter_groups(model, s.optim), s.training, s.optim, 1, CPU)
     losses = []
+    trainer = evaluating_trainer(s, engine, manifest)
     for step in range(2):
         if between:
-            loop.validate(engine, manifest, s, rank(), None, step)
+            trainer.evaluate(step)
         generator = torch.Generator().manual_seed(step)
         clips = torch.randn(2, 3, s.data.frames, s.data.size, s.data.size, generator=generator).to(engine.input_dtype)
         engine.set_learning_rate(1.0)
@@ -51,28 +81,38 @@ def train_and_validate(val: str, stage: int, between: bool) -> tuple[list[float]
         engine.step()
         losses.append(loss.item())
         assert engine.module.training
-    return losses, loop.validate(engine, manifest, s, rank(), None, 2)["val/loss"]
+    loss = trainer.evaluate(2)["val/loss"]
+    last = trainer.timer.heartbeat.last
+    # Beats: of the start, one of each evaluation as a whole, of each of its rounds, and of its end.
+    assert (last.phase, last.step) == ("evaluation", 2) and last.number > 1 + 3, last
+    return losses, loss
 
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_validation_in_bf16_changes_no_step(motion_shards: Path, stage: int) -> None:
     val = str(motion_shards / "val")
-    plain, validated = (run_ranks(2, train_and_validate, val, stage, between) for between in (False, True))
-    assert validated == plain
-    assert validated[0] == validated[1] and 0 < validated[0][1] < 10
+    ranks = run_ranks(2, train_and_validate, val, stage)
+    assert ranks[0] == ranks[1]
+    plain, validated = ranks[0]
+    assert validated == plain and 0 < plain[1] < 10
 
 
-def compiled_steps(compiled: bool) -> tuple[list[float], int]:
+def plain_and_compiled() -> list[tuple[list[float], int]]:
+    """The steps of a plain model and of a compiled one; see `steps`."""
+    return [steps(compiled) for compiled in (False, True)]
+
+
+def steps(compiled: bool) -> tuple[list[float], int]:
     """The losses of three steps at ZeRO-2 in fp32, and how many graphs were made; the compiler itself is left out."""
     graphs = CompileCounterWithBackend("aot_eager")
     captured = torch.compile(VideoSwin._compute, dynamic=False, fullgraph=True, backend=graphs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(swin3d, "_compiled", lambda: captured)
+        patch.setattr(swin_model, "_compiled", lambda: captured)
         optim = OptimSettings(lr=1e-2, gradient_clipping=1.0)
         training = TrainingSettings(micro_batch=2, global_batch=4, zero_stage=2, precision="fp32")
         torch.manual_seed(0)
         model = build_model("swin_nano", num_classes=2, drop_path_rate=0.5, depths=(1, 1, 1), compile=compiled)
-        engine = Engine(model, parameter_groups(model.named_parameters(), optim), training, optim, 1, CPU)
+        engine = Engine(model, parameter_groups(model, optim), training, optim, 1, CPU)
         generator, losses = torch.Generator().manual_seed(dist.get_rank()), []
         for step in range(3):
             clips = torch.randn(2, 3, 8, 32, 32, generator=generator)
@@ -85,33 +125,29 @@ def compiled_steps(compiled: bool) -> tuple[list[float], int]:
     return losses, graphs.frame_count
 
 
+@pytest.mark.faults
 def test_a_compiled_model_trains_in_the_engine_as_a_plain_one() -> None:
-    for (plain, none), (compiled, one) in zip(*(run_ranks(2, compiled_steps, c) for c in (False, True)), strict=True):
+    for (plain, none), (compiled, one) in run_ranks(2, plain_and_compiled):
         assert compiled == pytest.approx(plain, rel=1e-4)
         assert (none, one) == (0, 1)
 
 
-def lose_a_loss() -> str:
-    """Rank 1 alone has a loss that is none; what each rank is told."""
+def lose_a_loss() -> list[tuple[float, float]]:
+    """Rank 1 alone has a loss that is not finite; what each rank finds."""
     lost = float("nan") if dist.get_rank() == 1 else 1.0
-    pending = [loop.StepFigures(4, torch.tensor(lost), torch.tensor(1.0), 0.0, {}, [])]
-    plan: Any = SimpleNamespace(global_batch=2, steps_per_epoch=4)
-    try:
-        loop.flush(pending, 0.0, plan, None, rank(), 9)
-    except WorkFailed as error:
-        return str(error)
-    return "went on"
+    return average([StepMetrics(4, torch.tensor(lost), torch.tensor(1.0), 0.0, {}, [])], rank())[0]
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all() -> None:
-    messages = run_ranks(2, lose_a_loss)
-    assert messages[0] == messages[1] and messages[0].startswith("loss is nan at step 5;")
+def test_a_loss_that_is_not_finite_on_one_rank_is_so_on_all() -> None:
+    assert [math.isnan(found[0][0]) for found in run_ranks(2, lose_a_loss)] == [True, True]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_no_stage_checks_for_overflow_in_bf16(stage: int) -> None:
+def test_no_stage_checks_for_overflow_in_bf16_unless_steps_may_be_skipped(stage: int) -> None:
     s = load_settings("demo", ["run.name=x", "data.train=x", f"training.zero_stage={stage}", "training.precision=bf16"])
     from deepspeed.runtime.precision_config import get_bfloat16_config
 
-    found = get_bfloat16_config(deepspeed_config(s.training, s.optim, 1))
+    found = get_bfloat16_config(deepspeed_config(s.training, s.optim, 1, torch.device("cpu")))
     assert found.enabled and not found.check_grad_overflow
+    skipping = replace(s.optim, max_skipped_steps=1)
+    assert get_bfloat16_config(deepspeed_config(s.training, skipping, 1, torch.device("cpu"))).check_grad_overflow

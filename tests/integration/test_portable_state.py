@@ -2,70 +2,34 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import nn
 
+from tests.support import net
+from tests.support.net import OPTIM, Net, State
 from tests.support.ranks import run_ranks
-from vswin_dist.config.schema import OptimSettings, TrainingSettings
+from vswin_dist.config.schema import TrainingSettings
 from vswin_dist.training.engine import Engine
 from vswin_dist.training.optim import parameter_groups
 
-GLOBAL_BATCH, STEPS = 8, 6
-OPTIM = OptimSettings(lr=1e-2, backbone_ratio=0.1, gradient_clipping=1.0)
+STEPS = 6
 
 
-class Net(nn.Module):
-    """Sizes that divide by no number of ranks, and four parameter groups."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.GELU(), nn.Linear(7, 11))
-        self.head = nn.Linear(11, 3)
-
-    def forward(self, x: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        return self.head(self.body(x))
-
-
-def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    g = torch.Generator().manual_seed(step)
-    return torch.randn(GLOBAL_BATCH, 5, generator=g), torch.randint(0, 3, (GLOBAL_BATCH,), generator=g)
-
-
-def steps(stage: int, precision: str, first: int, last: int, state: dict | None) -> tuple[list[float], dict]:
+def steps(stage: int, precision: str, first: int, last: int, state: State | None) -> tuple[list[float], State]:
     """Train `first`..`last` from `state`; the losses of the global batches and the state at the end."""
-    world, rank = dist.get_world_size(), dist.get_rank()
-    torch.manual_seed(0)
-    training = TrainingSettings(workers=world, micro_batch=2, zero_stage=stage, precision=precision)
-    accumulation = GLOBAL_BATCH // world // 2
-    model = Net()
-    engine = Engine(model, parameter_groups(model.named_parameters(), OPTIM), training, OPTIM, accumulation,
-                    torch.device("cpu"))
-    if state:
-        engine.load_weights(state["weights"])
-        engine.load_moments(state["moments"], state["step"])
-    losses = []
-    for step in range(first, last):
-        engine.set_learning_rate(1 - step / 10)
-        x, y = batch(step)
-        share = GLOBAL_BATCH // world
-        total = torch.zeros(())
-        for i in range(rank * share, (rank + 1) * share, 2):
-            logits = engine.forward(x[i:i + 2].to(engine.input_dtype), torch.zeros(2, dtype=torch.int64))
-            loss = nn.functional.cross_entropy(logits.float(), y[i:i + 2])
-            engine.backward(loss)
-            engine.step()
-            total += loss.detach() / (GLOBAL_BATCH // 2)
-        dist.all_reduce(total)
-        losses.append(float(total))
-        assert engine.gradient_norm() > 0
-    weights = {n: t.detach().clone() for n, t in engine.weights()}
-    moments = {n: t.detach().clone() for n, t in engine.moments()}
-    return losses, {"weights": weights, "moments": moments, "step": last}
+    found = net.train(TrainingSettings(zero_stage=stage, precision=precision), OPTIM, first, last, state)
+    assert all(norm > 0 for norm in found.norms)
+    return found.losses, found.state
 
 
 CASES = [  # (ranks, stage) before -> after
-    ((2, 2), (2, 2)), ((2, 2), (1, 2)), ((1, 2), (2, 2)), ((2, 3), (2, 3)), ((2, 3), (1, 3)), ((1, 3), (2, 3)),
-    ((2, 1), (2, 3)), ((2, 3), (2, 0)), ((2, 0), (1, 1)),
+    ((2, 2), (2, 2)),
+    ((2, 2), (1, 2)),
+    ((1, 2), (2, 2)),
+    ((2, 3), (2, 3)),
+    ((2, 3), (1, 3)),
+    ((1, 3), (2, 3)),
+    ((2, 1), (2, 3)),
+    ((2, 3), (2, 0)),
+    ((2, 0), (1, 1)),
 ]
 
 
@@ -76,7 +40,7 @@ def _all_cases(precision: str, mine: int, before: dict) -> dict:
         for stage in range(4):
             whole, end = steps(stage, precision, 0, STEPS, None)
             half, state = steps(stage, precision, 0, STEPS // 2, None)
-            assert half == whole[:STEPS // 2]
+            assert half == whole[: STEPS // 2]
             found[stage] = (whole, end, state)
         return found
     found = {}
@@ -96,7 +60,7 @@ def test_state_moves_between_stages_and_ranks(precision: str, tolerance: float) 
             assert whole == pytest.approx(reference, abs=tolerance)
     for w in (1, 2):
         for (a, b), (losses, end) in run_ranks(w, _all_cases, precision, w, before)[0].items():
-            assert losses == pytest.approx(reference[STEPS // 2:], abs=tolerance), (a, b)
+            assert losses == pytest.approx(reference[STEPS // 2 :], abs=tolerance), (a, b)
             for name, value in wholes[a[0]][a[1]][1]["weights"].items():
                 assert torch.allclose(end["weights"][name], value, atol=tolerance), (a, b, name)
 
@@ -110,5 +74,5 @@ def _fp32_weights() -> float:
     model = Net()
     exact = {n: p.detach().clone() for n, p in model.named_parameters()}
     training = TrainingSettings(workers=2, micro_batch=1, zero_stage=2, precision="bf16")
-    engine = Engine(model, parameter_groups(model.named_parameters(), OPTIM), training, OPTIM, 1, torch.device("cpu"))
+    engine = Engine(model, parameter_groups(model, OPTIM), training, OPTIM, 1, torch.device("cpu"))
     return max(float((t - exact[n]).abs().max()) for n, t in engine.weights())

@@ -12,9 +12,10 @@ from tests.support.line import SMALL, Line
 from vswin_dist.config import load_settings
 from vswin_dist.errors import CheckpointError
 from vswin_dist.manifest import read_manifest, write_manifest
+from vswin_dist.model_card import preprocessing_of, read_card
 from vswin_dist.models import build_model
-from vswin_dist.planning.preflight import preflight
-from vswin_dist.serving.export import preprocessing_of, read_card, write_model
+from vswin_dist.models.weights.portable import write_model
+from vswin_dist.training.preflight import preflight
 
 
 @pytest.fixture
@@ -31,20 +32,27 @@ def settings(line: Line, train: str, rule: str, monkeypatch: pytest.MonkeyPatch)
     return ["run.name=rule", *line.sets(), *SMALL, f"data.train={train}", f"data.sampling={rule}"]
 
 
-def test_the_manifest_decides(line: Line, uniform: str, monkeypatch: pytest.MonkeyPatch,
-                              capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_manifest_decides(
+    line: Line, uniform: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     asked = load_settings("demo", settings(line, uniform, "null", monkeypatch))
     prepared = preflight(asked)
     assert prepared.settings == replace(asked, data=replace(asked.data, sampling="uniform"))
     assert "uniform sampling" in prepared.summary() and capsys.readouterr().err == ""
     model = build_model("swin_nano", num_classes=6)
-    folder = write_model(str(tmp_path / "model"), model, classes=list("abcdef"),
-                         preprocessing=preprocessing_of(prepared.settings.data), lineage={})
+    folder = write_model(
+        str(tmp_path / "model"),
+        model,
+        classes=list("abcdef"),
+        preprocessing=preprocessing_of(prepared.settings.data),
+        lineage={},
+    )
     assert read_card(folder).data_settings().sampling == "uniform"
 
 
-def test_contradicting_it_warns_and_goes_on(line: Line, uniform: str, monkeypatch: pytest.MonkeyPatch,
-                                            capsys: pytest.CaptureFixture[str]) -> None:
+def test_contradicting_it_warns_and_goes_on(
+    line: Line, uniform: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     prepared = preflight(load_settings("demo", settings(line, uniform, "dense", monkeypatch)))
     assert prepared.settings.data.sampling == "dense"
     warning = capsys.readouterr().err
@@ -55,7 +63,12 @@ def test_a_card_without_the_rule_is_not_guessed(tmp_path: Path) -> None:
     s = load_settings("demo", ["data.train=/shards", "data.sampling=null"]).data
     with pytest.raises(AssertionError, match="was not resolved"):
         preprocessing_of(s)
-    folder = write_model(str(tmp_path / "model"), build_model("swin_nano", num_classes=2), classes=["a", "b"],
-                         preprocessing=preprocessing_of(replace(s, sampling="dense")) | {"sampling": None}, lineage={})
+    folder = write_model(
+        str(tmp_path / "model"),
+        build_model("swin_nano", num_classes=2),
+        classes=["a", "b"],
+        preprocessing=preprocessing_of(replace(s, sampling="dense")) | {"sampling": None},
+        lineage={},
+    )
     with pytest.raises(CheckpointError, match=r"does not say how clips are cut \(sampling\)"):
         read_card(folder).data_settings()

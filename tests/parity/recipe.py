@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vswin_dist.models import VideoSwin
-from vswin_dist.models.layouts import from_native
+from vswin_dist.models.weights.layouts import from_native
 
 
 def reference_folder() -> Path | None:

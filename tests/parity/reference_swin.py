@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 def relative_index(window: tuple[int, ...]) -> Tensor:
     """Row of the bias table for each pair of tokens of the full window, [L, L], one pair of axes at a time."""
-    places = list(product(*(range(n) for n in window)))
-    index = torch.empty(len(places), len(places), dtype=torch.long)
-    for i, a in enumerate(places):
-        for j, b in enumerate(places):
+    positions = list(product(*(range(n) for n in window)))
+    index = torch.empty(len(positions), len(positions), dtype=torch.long)
+    for i, a in enumerate(positions):
+        for j, b in enumerate(positions):
             row = 0
             for x, y, n in zip(a, b, window, strict=True):
                 row = row * (2 * n - 1) + x - y + n - 1
@@ -31,7 +31,7 @@ def clamped_index(window: tuple[int, ...], used: tuple[int, ...], official: bool
     if official:
         length = used[0] * used[1] * used[2]
         return full[:length, :length]
-    inside = [all(x < n for x, n in zip(place, used, strict=True)) for place in product(*(range(n) for n in window))]
+    inside = [all(x < n for x, n in zip(position, used, strict=True)) for position in product(*(range(n) for n in window))]
     return full[inside][:, inside]
 
 
@@ -52,8 +52,9 @@ def reverse(x: Tensor, window: tuple[int, ...], size: tuple[int, ...]) -> Tensor
 def shift_mask(size: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...]) -> Tensor:
     """-100 between tokens that the cyclic shift brought together, [windows, L, L]."""
     region = torch.zeros(1, *size, 1)
-    slices = [(slice(0, -w), slice(-w, -s), slice(-s, None)) if s else (slice(None),)
-              for w, s in zip(window, shift, strict=True)]  # fmt: skip
+    slices = [
+        (slice(0, -w), slice(-w, -s), slice(-s, None)) if s else (slice(None),) for w, s in zip(window, shift, strict=True)
+    ]
     for number, (a, b, c) in enumerate(product(*slices)):
         region[:, a, b, c] = number
     rows = partition(region, window).squeeze(-1)
@@ -128,7 +129,7 @@ class Stage(nn.Module):
 
 
 class ReferenceSwin(nn.Module):
-    """Takes the ``settings`` of a `VideoSwin` with joint attention; has no drop path or dropout."""
+    """Takes the `settings` of a `VideoSwin` with joint attention; has no drop path or dropout."""
 
     def __init__(self, settings: dict) -> None:
         super().__init__()

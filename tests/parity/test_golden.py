@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.parity.recipe import fill, recipe, reference_folder
 from vswin_dist.models import VideoSwin, build_model, count_macs, count_parameters, inflate
-from vswin_dist.models.layouts import recognise
+from vswin_dist.models.weights.layouts import recognise
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden.json").read_text())
 CASES = ["c", pytest.param("e", marks=pytest.mark.slow), pytest.param("a", marks=pytest.mark.slow)]

@@ -1,6 +1,6 @@
 """A way to an HTTP server as it is in bad hours: late, answering with errors, cutting, shortening and flipping bytes.
 
-``python -m tests.support.bad_network SERVER_PORT PORT DELAY_S`` leads PORT to SERVER_PORT, each answer late, until it is
+`python -m tests.support.bad_network SERVER_PORT PORT DELAY_S` leads PORT to SERVER_PORT, each answer late, until it is
 interrupted.
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO, Literal
 
 Fault = Literal["error", "cut", "shorten", "flip"]
+EXPECT, CONTINUE = b"expect: 100-continue\r\n", b"HTTP/1.1 100 Continue\r\n\r\n"
 ERROR = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -30,14 +31,24 @@ def _head(stream: BinaryIO) -> tuple[list[bytes], int]:
 
 
 def _serve(client: socket.socket, port: int, delay_s: float, fault: Callable[[str], Fault | None]) -> None:
-    with contextlib.suppress(OSError), client, client.makefile("rb") as asked, \
-            socket.create_connection(("127.0.0.1", port)) as server, server.makefile("rb") as answered:
+    with (
+        contextlib.suppress(OSError),
+        client,
+        client.makefile("rb") as asked,
+        socket.create_connection(("127.0.0.1", port)) as server,
+        server.makefile("rb") as answered,
+    ):
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         while True:
             lines, length = _head(asked)
             if not lines:
                 return
-            server.sendall(b"".join(lines) + b"\r\n" + asked.read(length))
+            if EXPECT in (asks := [line.lower() for line in lines]):  # a client that uploads waits for this
+                client.sendall(CONTINUE)
+                del lines[asks.index(EXPECT)]
+            if len(content := asked.read(length)) < length:
+                return  # the client died in its upload: the server must not wait for the rest of it
+            server.sendall(b"".join(lines) + b"\r\n" + content)
             time.sleep(delay_s)
             what = fault(lines[0].decode())
             answer, length = _head(answered)
@@ -46,10 +57,10 @@ def _serve(client: socket.socket, port: int, delay_s: float, fault: Callable[[st
                 client.sendall(ERROR)
                 continue
             if what == "cut":
-                client.sendall(b"".join(answer) + b"\r\n" + body[:len(body) // 2])
+                client.sendall(b"".join(answer) + b"\r\n" + body[: len(body) // 2])
                 return
             if what == "shorten":  # a whole answer, of which the object's end is missing
-                body = body[:len(body) // 2]
+                body = body[: len(body) // 2]
                 answer = [x for x in answer if not x.lower().startswith((b"content-length", b"content-range"))]
                 answer.append(f"Content-Length: {len(body)}\r\n".encode())
             if what == "flip" and body:
@@ -58,8 +69,9 @@ def _serve(client: socket.socket, port: int, delay_s: float, fault: Callable[[st
 
 
 @contextlib.contextmanager
-def bad_network(port: int, delay_s: float = 0.0, fault: Callable[[str], Fault | None] = lambda _: None,
-                own_port: int = 0) -> Iterator[int]:
+def bad_network(
+    port: int, delay_s: float = 0.0, fault: Callable[[str], Fault | None] = lambda _: None, own_port: int = 0
+) -> Iterator[int]:
     """A port (`own_port`, or a free one) that leads to `port` of this machine; `fault` says what becomes of the answer to
     a request line."""
     listener = socket.create_server(("127.0.0.1", own_port))
@@ -81,7 +93,9 @@ def bad_network(port: int, delay_s: float = 0.0, fault: Callable[[str], Fault | 
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt), \
-            bad_network(int(sys.argv[1]), float(sys.argv[3]), own_port=int(sys.argv[2])) as listening:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        bad_network(int(sys.argv[1]), float(sys.argv[3]), own_port=int(sys.argv[2])) as listening,
+    ):
         print(f"127.0.0.1:{listening} leads to port {sys.argv[1]}", flush=True)
         threading.Event().wait()

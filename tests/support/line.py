@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,25 +13,68 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from data_prep.cli import main as data_prep_main
 from infra.local import motions
+from tests.support.waiting import Job
+from tests.support.warm_job import run_script
 
 REPOSITORY = Path(__file__).parents[2]
-SMALL = ("training.workers=2", "training.epochs=2", "optim.warmup_epochs=1", "data.workers=0", "evaluation.every_epochs=2",
-         "evaluation.batch=8", "model.head_dropout=0.5", "model.drop_path_rate=0.2")
+SMALL = (
+    "training.workers=2",
+    "training.epochs=2",
+    "optim.warmup_epochs=1",
+    "data.workers=0",
+    "evaluation.every_epochs=2",
+    "evaluation.batch=8",
+    "evaluation.report=false",
+    "model.head_dropout=0.5",
+    "model.drop_path_rate=0.2",
+)
 
 
 def make_shards(folder: Path, train: int = 52, val: int = 12) -> Path:
-    """Rendered videos of six motions in shards ``train`` and ``val`` of `folder`; 3 steps an epoch of 16."""
+    """Rendered videos of six motions in shards `train` and `val` of `folder`; 3 steps an epoch of 16."""
     (folder / "classes.txt").write_text("".join(f"{m}\n" for m in motions.MOTIONS))
     for part, count, seed in (("train", train, 0), ("val", val, 1)):
         videos = motions.make_dataset(folder / "videos" / part, count, seed)
-        code = data_prep_main(["shard", "csv", "--index", str(videos / "index.csv"), "--videos", str(videos),
-                               "--path-column", "path", "--label-column", "label", "--short-side", "48",
-                               "--classes", str(folder / "classes.txt"), "--name", "motions", "--split", part,
-                               "--out", str(folder / part)])
+        code = data_prep_main(
+            [
+                "shard",
+                "csv",
+                "--index",
+                str(videos / "index.csv"),
+                "--videos",
+                str(videos),
+                "--path-column",
+                "path",
+                "--label-column",
+                "label",
+                "--short-side",
+                "48",
+                "--classes",
+                str(folder / "classes.txt"),
+                "--name",
+                "motions",
+                "--split",
+                part,
+                "--out",
+                str(folder / part),
+            ]
+        )
         assert code == 0
     return folder
+
+
+def running_ranks() -> list[psutil.Process]:
+    """Return the ranks of Ray Train that run below this process: on the shared cluster, or on a driver's own Ray."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any("RayTrainWorker" in part for part in process.cmdline()):
+                found.append(process)
+    return found
 
 
 short_folders: list[Path] = []  # all that this process has made
@@ -52,38 +96,75 @@ class Line:
     shards: Path
     ray_folder: Path  # where Ray puts its sockets, whose paths must be short
     env: dict[str, str] = field(default_factory=dict)
+    anew: bool = False  # each job starts Python: what is imported, or read by an import, is of its own environment
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "VSWIN_HOME": str(self.home), "RAY_TMPDIR": str(self.ray_folder), "OMP_NUM_THREADS": "1",
-                "VSWIN_SOURCE_COMMIT": "test", "RAY_USAGE_STATS_ENABLED": "0", "MLFLOW_DISABLE_TELEMETRY": "true",
-                **self.env}
+        return {
+            **os.environ,
+            "VSWIN_HOME": str(self.home),
+            "RAY_TMPDIR": str(self.ray_folder),
+            "OMP_NUM_THREADS": "1",
+            "VSWIN_SOURCE_COMMIT": "test",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            **self.env,
+        }
 
     @property
     def uri(self) -> str:
         """The embedded MLflow store of this data root."""
         return f"sqlite:///{self.home}/mlflow/mlflow.db"
 
+    def without_store(self) -> None:
+        """Remove the empty store that is made ahead, where a test looks whether one comes to be there."""
+        shutil.rmtree(self.home / "mlflow", ignore_errors=True)
+
     def sets(self) -> list[str]:
         return [f"data.train={self.shards}/train", f"data.val={self.shards}/val"]
 
-    def start(self, job: str, *args: str, output: Path | None = None) -> subprocess.Popen[str]:
-        """Start ``jobs/JOB.py`` in a process group of its own, its output together in a pipe, or in the file `output`."""
+    def start(self, job: str, *args: str, output: Path | None = None) -> Job:
+        """Start `jobs/JOB.py` in a process group of its own, its output together in a pipe, or in the file `output`."""
         with contextlib.ExitStack() as stack:
             stdout = stack.enter_context(output.open("w")) if output else subprocess.PIPE
-            return subprocess.Popen([sys.executable, str(REPOSITORY / "jobs" / f"{job}.py"), *args], cwd=self.home,
-                                    env=self.environment, stdout=stdout, stderr=subprocess.STDOUT, text=True,
-                                    start_new_session=True)
+            process = Job(
+                [sys.executable, str(REPOSITORY / "jobs" / f"{job}.py"), *args],
+                cwd=self.home,
+                env=self.environment,
+                stdout=stdout,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+            process.file = output
+            return process
 
-    def run(self, job: str, *args: str, code: int = 0, timeout_s: float = 240) -> str:
-        """Run ``jobs/JOB.py`` to its end; its output. Fails where it ends with another code than `code`."""
-        process = self.start(job, *args)
+    @contextlib.contextmanager
+    def running(self, job: str, *args: str, output: Path | None = None) -> Iterator[Job]:
+        """As `start`; the process is killed where the block leaves it running."""
+        process = self.start(job, *args, output=output)
         try:
-            output, _ = process.communicate(timeout=timeout_s)
+            yield process
         finally:
             process.kill()
             process.wait()
-        assert process.returncode == code, f"exit {process.returncode}, expected {code}:\n{output[-6000:]}"
+
+    def training(self, name: str, *settings: str) -> contextlib.AbstractContextManager[Job]:
+        """As `running`, for what `train` runs."""
+        return self.running("train", "--recipe", "demo", f"run.name={name}", *self.sets(), *SMALL, *settings)
+
+    def run(self, job: str, *args: str, code: int = 0, timeout_s: float = 480) -> str:
+        """Run `jobs/JOB.py` to its end; its output. Fails where it ends with another code than `code`."""
+        if self.anew:
+            with self.running(job, *args) as process:
+                output, _ = process.communicate(timeout=timeout_s)
+                found = process.returncode
+        else:
+            said = self.ray_folder / "output"
+            said.unlink(missing_ok=True)
+            found = run_script(REPOSITORY / "jobs" / f"{job}.py", args, self.home, self.environment, said, timeout_s)
+            output = said.read_text()
+        assert found == code, f"exit {found}, expected {code}:\n{output[-6000:]}"
         return output
 
     def train(self, name: str, *settings: str, code: int = 0) -> str:
@@ -100,10 +181,19 @@ class Line:
         assert len(runs) == 1, f"{len(runs)} runs are called {name}"
         return runs[0]
 
-    def losses(self, name: str, uri: str | None = None) -> dict[int, float]:
-        """step -> loss in the one MLflow run called `name`; fails where a step stands twice."""
+    def artifacts(self, name: str) -> list[str]:
+        """The paths of the files of the one MLflow run called `name`, without those of its models."""
+        [folder] = self.home.glob(f"mlflow/artifacts/{self.run_of(name).info.run_id}/artifacts")
+        return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+
+    def history(self, name: str, metric: str, uri: str | None = None) -> dict[int, float]:
+        """step -> value of a metric in the one MLflow run called `name`; fails where a step stands twice."""
         from mlflow import MlflowClient
 
-        history = MlflowClient(uri or self.uri).get_metric_history(self.run_of(name, uri).info.run_id, "train/loss")
+        history = MlflowClient(uri or self.uri).get_metric_history(self.run_of(name, uri).info.run_id, metric)
         assert len({m.step for m in history}) == len(history), "a step was logged twice"
         return {m.step: m.value for m in history}
+
+    def losses(self, name: str, uri: str | None = None) -> dict[int, float]:
+        """step -> loss in the one MLflow run called `name`."""
+        return self.history(name, "train/loss", uri)

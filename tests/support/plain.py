@@ -1,52 +1,56 @@
 """Training without Ray, DeepSpeed or ranks: the same model, start, batches and seed in a plain PyTorch loop.
 
-What the distributed line is compared with. ``python -m tests.support.plain --recipe demo key=value ...`` runs it.
+The shortest way through the code, and what the distributed line is compared with: the losses are the same.
+It knows no `schedule=epoch`, frozen parameters or averaged weights.
+`python -m tests.support.plain --recipe demo key=value ...` runs it.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from typing import Any
 
 import torch
 
 from vswin_dist import models
 from vswin_dist.config import Settings, load_settings
+from vswin_dist.config.schema import OptimSettings
 from vswin_dist.data.loader import TrainLoader
-from vswin_dist.data.mixing import cross_entropy, mix
 from vswin_dist.data.plan import make_plan
-from vswin_dist.evaluation.evaluate import Rank, Views, evaluate
+from vswin_dist.data.transforms.batch_transform import BatchTransform
+from vswin_dist.data.transforms.mixing import cross_entropy
+from vswin_dist.device import Rank
+from vswin_dist.evaluation.evaluate import Views, evaluate
 from vswin_dist.evaluation.metrics import Scores
 from vswin_dist.manifest import read_manifest
 from vswin_dist.models.stochastic import sample_keys
 
+ONE_RANK = Rank(0, 1, torch.device("cpu"))
+
 
 def train(s: Settings, steps: int | None = None) -> tuple[torch.nn.Module, list[float]]:
     """Train in fp32; returns the model and the loss of each global batch."""
-    manifest = read_manifest(s.data.train)
-    plan = make_plan(manifest, s.data, s.run.seed, s.training.global_batch)
+    manifest = read_manifest(s.data.train)  # the samples, and where their bytes lie in the shards
+    classes = len(manifest.classes)
+    plan = make_plan(manifest, s.data, s.run.seed, s.training.global_batch)  # their order
     total = plan.steps_per_epoch * s.training.epochs
+    loader = TrainLoader(manifest, s.data, plan, ONE_RANK, s.training.global_batch, last=min(steps or total, total))
+    transform = BatchTransform(s.data, plan, classes, ONE_RANK.device, torch.float32)
+
     torch.manual_seed(s.run.seed)
-    model = models.build_model(s.model.name, num_classes=len(manifest.classes), drop_path_rate=s.model.drop_path_rate,
-                               head_dropout=s.model.head_dropout)
-    groups = []
-    for name, p in model.named_parameters():
-        decays = p.ndim > 1 and "relative_position_bias_table" not in name
-        ratio = 1.0 if name.startswith("head.") else s.optim.backbone_ratio
-        groups.append({"params": [p], "weight_decay": s.optim.weight_decay if decays else 0.0, "ratio": ratio})
-    optimizer = torch.optim.AdamW(groups, betas=s.optim.betas, eps=s.optim.eps)
-    mean, std = (torch.tensor(x).view(1, 3, 1, 1, 1) for x in (s.data.mean, s.data.std))
+    model = models.build_model(
+        s.model.name, num_classes=classes, drop_path_rate=s.model.drop_path_rate, head_dropout=s.model.head_dropout
+    )
+    optimizer = torch.optim.AdamW(groups(model, s.optim), betas=s.optim.betas, eps=s.optim.eps)
     losses = []
-    last = min(steps or total, total)
-    batches = TrainLoader(manifest, s.data, plan, 0, 1, s.training.global_batch, last)
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(loader):
         warm = min(step / (s.optim.warmup_epochs * plan.steps_per_epoch), 1.0)
         factor = (s.optim.warmup_start + (1 - s.optim.warmup_start) * warm) * (1 + math.cos(math.pi * step / total)) / 2
         for group in optimizer.param_groups:
             group["lr"] = s.optim.lr * group["ratio"] * factor
-        clips, targets = mix((batch["clips"].float() - mean) / std, batch["labels"], len(manifest.classes), s.data,
-                             s.run.seed, step, 0)
-        logits = model(clips, sample_keys(s.run.seed, step, batch["draws"]))
+        clips, targets = transform(batch, step, position=0)  # [B, 3, T, H, W]
+        logits = model(clips, sample_keys(s.run.seed, step, batch["occurrences"]))  # [B, K]
         loss = cross_entropy(logits, targets, s.optim.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
@@ -57,12 +61,22 @@ def train(s: Settings, steps: int | None = None) -> tuple[torch.nn.Module, list[
     return model, losses
 
 
+def groups(model: torch.nn.Module, s: OptimSettings) -> list[dict[str, Any]]:
+    """Give each parameter its weight decay and its part of the learning rate."""
+    found = []
+    for name, p in model.named_parameters():
+        decays = p.ndim > 1 and "relative_position_bias_table" not in name
+        ratio = 1.0 if name.startswith("head.") else s.backbone_ratio
+        found.append({"params": [p], "weight_decay": s.weight_decay if decays else 0.0, "ratio": ratio})
+    return found
+
+
 def score(model: torch.nn.Module, s: Settings) -> Scores:
-    """The validation score of `model`, with the views of the recipe."""
+    """Score `model` on the validation set, with the views of the recipe."""
     assert s.data.val
     views = Views(s.evaluation.clips, s.evaluation.crops, s.evaluation.batch)
-    return evaluate(model.eval(), read_manifest(s.data.val), s.data.val, s.data, views,
-                    Rank(0, 1, torch.device("cpu")), torch.float32)
+    val = read_manifest(s.data.val)
+    return evaluate(model.eval(), val, s.data.val, s.data, views, ONE_RANK, torch.float32).scores(val)
 
 
 if __name__ == "__main__":
@@ -73,5 +87,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     chosen = load_settings(arguments.recipe, arguments.settings)
     trained, found = train(chosen)
-    print(" ".join(f"{x:.6f}" for x in found[:arguments.losses]))
+    print(" ".join(f"{x:.6f}" for x in found[: arguments.losses]))
     print(score(trained, chosen))

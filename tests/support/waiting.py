@@ -5,15 +5,49 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+SERVER_TIMEOUT_S = 300.0  # for a machine that other work has filled
+STARTS = 3  # of a server whose port is taken, which somebody can do between the look for a free one and the start
 
 
-def wait_until(condition: Callable[[], object], process: subprocess.Popen[str] | None = None,
-               timeout_s: float = 120) -> None:
+def start_server(
+    launch: Callable[[], subprocess.Popen[bytes]], answers: Callable[[], bool], stop: Callable[[], None], log: Path
+) -> None:
+    """Launch a server and wait until it answers; launch it anew where it ended before, and another answers at its port.
+
+    Raises:
+        RuntimeError: it ended each time, or does not answer; the message holds the end of its `log`.
+    """
+    for _ in range(STARTS):
+        process, end = launch(), time.monotonic() + SERVER_TIMEOUT_S
+        while process.poll() is None and time.monotonic() < end:
+            if answers() and process.poll() is None:
+                return
+            time.sleep(0.05)
+        hangs = process.poll() is None
+        stop()
+        if hangs:
+            break
+    raise RuntimeError(f"the server did not start; its log ends:\n{log.read_text(errors='replace')[-3000:]}")
+
+
+class Job(subprocess.Popen[str]):
+    """A process whose output goes to a file, or else to pipes."""
+
+    file: Path | None = None
+
+
+def wait_until(
+    condition: Callable[[], object], process: subprocess.Popen[str] | None = None, timeout_s: float = 300
+) -> None:
     """Return as soon as `condition` holds; fail where it does not come to that, or `process` ends before."""
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, f"it never came to that in {timeout_s:g} s"
         if process is not None and process.poll() is not None:
             output, errors = process.communicate()
+            if isinstance(process, Job) and process.file:
+                output = process.file.read_text()
             raise AssertionError(f"it ended with {process.returncode}:\n{(output or '')[-5000:]}\n{(errors or '')[-5000:]}")
         time.sleep(0.005)

@@ -1,6 +1,6 @@
 """Typed settings, recipes and dotted overrides."""
 
-from vswin_dist.config.load import from_flat, load_settings, recipe_names, recipe_text, to_flat
+from vswin_dist.config.load import defaults, from_flat, load_settings, may_differ, recipe_names, recipe_text, to_flat
 from vswin_dist.config.schema import Settings
 
-__all__ = ["Settings", "from_flat", "load_settings", "recipe_names", "recipe_text", "to_flat"]
+__all__ = ["Settings", "defaults", "from_flat", "load_settings", "may_differ", "recipe_names", "recipe_text", "to_flat"]

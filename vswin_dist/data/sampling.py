@@ -4,8 +4,8 @@ The rules are those of the published code's pipelines (SampleFrames, RandomResiz
 
 - `dense`: `clip` frames `stride` apart from a random start. Test clips start in the middle of equal parts of the
   possible starts (mmaction2 1.x spreads them from the first start to the last instead). A clip longer than its video
-  goes round to the video's beginning, from frame 0.
-- `uniform` (Something-Something V2): one frame of each of `clip` equal segments of ``frames - 1``, whose edges are
+  wraps around to the video's beginning, from frame 0.
+- `uniform` (Something-Something V2): one frame of each of `clip` equal segments of `frames - 1`, whose edges are
   rounded and belong to both neighbours; random in training, the middle in testing. Published with one clip; several
   take the middles of equal parts of each segment.
 
@@ -27,31 +27,33 @@ Box = tuple[float, float, float, float]
 
 
 def resolve(settings: DataSettings, manifest: Manifest) -> tuple[DataSettings, str]:
-    """The settings with `sampling` decided, and a warning ("" for none).
+    """Decide the settings' `sampling`; returns them and a warning ("" for none).
 
-    The rule of the training set's manifest holds unless the settings name one; naming another goes, with the warning.
+    The rule of the training set's manifest holds unless the settings name one; naming another is allowed, with the warning.
     """
     bound, asked = manifest.sampling, settings.sampling
     if asked in (None, bound):
-        return replace(settings, sampling=bound), ""
-    return settings, (f"warning: data.sampling={asked}, and the manifest of {settings.train} says {bound}. On "
-                      "Something-Something V2 the wrong rule costs 1 to 2.5 points of top-1. data.sampling=null takes "
-                      "the manifest's.")
+        return replace(settings, sampling=bound), ""  # type: ignore[arg-type] # read_manifest lets no other rule pass
+    return settings, (
+        f"warning: data.sampling={asked}, and the manifest of {settings.train} says {bound}. On "
+        "Something-Something V2 the wrong rule costs 1 to 2.5 points of top-1. data.sampling=null takes "
+        "the manifest's."
+    )
 
 
 def dense_clip(frames: int, clip: int, stride: int, start: int) -> Indices:
-    """`clip` frames `stride` apart from `start`, going round past the end. int64 [clip]."""
+    """Take `clip` frames `stride` apart from `start`, wrapping around past the end. int64 [clip]."""
     return (start + stride * np.arange(clip, dtype=np.int64)) % frames
 
 
 def segments(frames: int, clip: int) -> tuple[Indices, Indices]:
-    """First and last frame of each of `clip` equal segments, int64 [clip] each; ends are halves rounded to even."""
+    """Find the first and last frame of each of `clip` equal segments, int64 [clip] each; ends are halves rounded to even."""
     edges = np.round((frames - 1) / clip * np.arange(clip + 1)).astype(np.int64)
     return edges[:-1], edges[1:]
 
 
 def train_indices(frames: int, clip: int, stride: int, sampling: str | None, rng: np.random.Generator) -> Indices:
-    """Frame indices of a random training clip of a video with `frames` frames."""
+    """Choose the frame indices of a random training clip of a video with `frames` frames."""
     assert sampling in ("dense", "uniform"), f"data.sampling={sampling!r} was not resolved"
     if sampling == "uniform":
         first, last = segments(frames, clip)
@@ -61,7 +63,7 @@ def train_indices(frames: int, clip: int, stride: int, sampling: str | None, rng
 
 
 def test_indices(frames: int, clip: int, stride: int, sampling: str | None, clips: int) -> list[Indices]:
-    """Frame indices of `clips` test clips."""
+    """Give the frame indices of `clips` test clips."""
     assert sampling in ("dense", "uniform"), f"data.sampling={sampling!r} was not resolved"
     if sampling == "uniform":
         first, last = segments(frames, clip)
@@ -71,7 +73,7 @@ def test_indices(frames: int, clip: int, stride: int, sampling: str | None, clip
 
 
 def train_box(height: int, width: int, scale: tuple[float, ...], ratio: tuple[float, ...], rng: np.random.Generator) -> Box:
-    """A random resized crop: area `scale` of the frame, width/height log-uniform in `ratio`; the centre after 10 misses."""
+    """Choose a random resized crop: area `scale` of the frame, width/height log-uniform in `ratio`; else the centre."""
     for _ in range(10):
         area = height * width * rng.uniform(scale[0], scale[1])
         aspect = np.exp(rng.uniform(np.log(ratio[0]), np.log(ratio[1])))
@@ -83,7 +85,7 @@ def train_box(height: int, width: int, scale: tuple[float, ...], ratio: tuple[fl
 
 
 def test_boxes(height: int, width: int, size: int, short_side: int, crops: int) -> list[Box]:
-    """The test crops of a frame that is resized to `short_side` and cut to squares of `size` pixels.
+    """Place the test crops of a frame that is resized to `short_side` and cut to squares of `size` pixels.
 
     Args:
         crops: 1 is the centre; 3 (and any other number but 5) lie evenly along the long side, the outer ones at its

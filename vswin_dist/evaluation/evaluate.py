@@ -1,94 +1,148 @@
-"""Multi-view testing over all ranks: each video is scored on exactly one, and none twice."""
+"""Multi-view testing over all ranks: each video is scored on exactly one, and none twice.
+
+A video has the same scores to the last digit on any rank: all views of `Views.videos` neighbours in the manifest make
+up a batch of one shape, in which each has its place. Blank views stand for what is not there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from vswin_dist.config.schema import DataSettings
-from vswin_dist.data.decode import clip_shape
-from vswin_dist.data.loader import test_batches
-from vswin_dist.data.plan import rank_share
-from vswin_dist.data.transforms import normalise
-from vswin_dist.evaluation.metrics import Scores, score
+from vswin_dist.data.clips import view_format
+from vswin_dist.data.loader import ViewBatch, test_batches
+from vswin_dist.data.plan import Batches, evaluation_batches
+from vswin_dist.data.transforms.normalise import normalise
+from vswin_dist.data.video.decode import clip_shape
+from vswin_dist.device import Rank
+from vswin_dist.evaluation.predictions import Found, Identity
 from vswin_dist.manifest import Manifest
 
 
 @dataclass(frozen=True)
-class Rank:
-    """One process of a training or an evaluation, and the device that it computes on."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-
-@dataclass(frozen=True)
 class Views:
-    """How a video is tested: ``clips x crops`` views, `batch` views in one forward pass."""
+    """How a video is tested: `clips x crops` views, `batch` views in one forward pass."""
 
     clips: int
     crops: int
     batch: int
     shuffle_frames: bool = False  # a control: what is left of the score when motion is destroyed
 
+    @property
+    def of_a_video(self) -> int:
+        """The views of one video."""
+        return self.clips * self.crops
 
-@torch.no_grad()  # not inference mode: what ZeRO-3 gathers in it cannot be trained on afterwards
-def evaluate(forward: Callable[[Tensor], Tensor], manifest: Manifest, base: str, data: DataSettings, views: Views,
-             rank: Rank, dtype: torch.dtype) -> Scores:
-    """Score every video of `manifest` with probabilities averaged over its views. Collective over all ranks.
+    @property
+    def videos(self) -> int:
+        """The videos that are scored together: those whose views fill a forward pass, at least one."""
+        return max(1, self.batch // self.of_a_video)
+
+    def identity(self, manifest: Manifest, *, weights: str, card: str, device: str) -> Identity:
+        """Say what the scores of the videos of `manifest` depend on; see `Identity` for the others."""
+        return Identity(
+            weights=weights,
+            card=card,
+            fingerprint=manifest.fingerprint,
+            dataset=f"{manifest.name} {manifest.split}",
+            classes=manifest.classes,
+            clips=self.clips,
+            crops=self.crops,
+            batch=self.batch,
+            shuffle_frames=self.shuffle_frames,
+            device=device,
+            torch=torch.__version__,
+        )
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model, and the videos that it scores.
+
+    Args:
+        forward: clips [B, 3, T, H, W] of `dtype` on the device -> logits [B, classes].
+        base: URL of the manifest or its folder.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    manifest: Manifest
+    base: str
+    data: DataSettings
+    views: Views
+    device: torch.device
+    dtype: torch.dtype
+
+    @torch.no_grad()  # not inference mode: what ZeRO-3 gathers in it cannot be trained on afterwards
+    def rounds(self, batches: Batches, rounds: int) -> Iterator[Found]:
+        """Give what was found of each batch; an empty batch in the rounds after the last, with equal forward passes."""
+        v = self.views
+        pin = self.device.type == "cuda"
+        loader = test_batches(self.manifest, self.base, self.data, batches, v.clips, v.crops, v.shuffle_frames, pin=pin)
+        shape = (v.of_a_video, *clip_shape(self.data.frames, self.data.size, view_format(self.data)))
+        for number in range(rounds):
+            batch = next(loader) if number < len(batches) else None
+            indices = batch["indices"].tolist() if batch else []
+            places = [i - batches[number].start for i in indices]
+            probabilities = self._probabilities(_in_place(batch, places, (v.videos, *shape)))[places].cpu().numpy()
+            labels = batch["labels"].tolist() if batch else []
+            rows = zip(indices, labels, probabilities, strict=True)
+            yield Found.of(rows, batch["missing"] if batch else [], len(self.manifest.classes))
+
+    def _probabilities(self, views: Tensor) -> Tensor:
+        """Average over the views of each video: [videos, V, ...] -> float64 [videos, classes]."""
+        mean, std = self.data.mean, self.data.std
+        logits = [
+            self.forward(normalise(c.to(self.device, non_blocking=True), mean, std, self.dtype)).float()
+            for c in views.flatten(0, 1).split(self.views.batch)
+        ]
+        mean_over_views: Tensor = torch.cat(logits).double().softmax(1).unflatten(0, views.shape[:2]).mean(1)
+        return mean_over_views
+
+
+def evaluate(
+    forward: Callable[[Tensor], Tensor],
+    manifest: Manifest,
+    base: str,
+    data: DataSettings,
+    views: Views,
+    rank: Rank,
+    dtype: torch.dtype,
+    beat: Callable[[], None] = lambda: None,
+) -> Found:
+    """Classify every video of `manifest` by the mean of its views' probabilities. Collective over all ranks.
 
     Every rank makes the same number of forward passes (ZeRO-3 gathers weights in each), on blank views where it has
     no video left.
 
     Args:
-        forward: clips [B, 3, T, H, W] of `dtype` on the rank's device -> logits [B, classes].
-        base: URL of the manifest or its folder.
+        forward, base: see `Scorer`.
+        beat: called as each round begins, and the gathering of what they found.
 
     Returns:
-        The scores of all ranks' videos, the same on every rank.
+        What all ranks found, the same on every rank; `Found.scores` scores it.
     """
-    per_video = views.clips * views.crops
-    videos = max(1, views.batch // per_video)
-    batches, rounds = rank_share(len(manifest.samples), rank.rank, rank.world, videos)
-    loader = test_batches(manifest, base, data, batches, views.clips, views.crops, views.shuffle_frames,
-                          pin=rank.device.type == "cuda")
-    shape = clip_shape(data.frames, data.size, data.pixel_format)
-    found: list[tuple[int, int, np.ndarray]] = []  # sample index, label, probabilities [classes]
-    missing: list[tuple[int, str]] = []
-    for number in range(rounds):
-        clips = torch.empty((0, *shape), dtype=torch.uint8)
-        labels, indices = [], []
-        if number < len(batches):
-            batch = next(loader)
-            missing += batch["missing"]
-            labels, indices = batch["labels"].tolist(), batch["indices"].tolist()
-            if indices:
-                clips = batch["views"].flatten(0, 1)
-        if blank := videos * per_video - len(clips):
-            clips = torch.cat((clips, clips.new_zeros((blank, *shape))))
-        logits = torch.cat([forward(normalise(c.to(rank.device, non_blocking=True), data.mean, data.std, dtype)).float()
-                            for c in clips.split(views.batch)])
-        mean = logits.double().softmax(1).unflatten(0, (videos, per_video)).mean(1).cpu().numpy()
-        found += zip(indices, labels, mean, strict=False)
-    return _merge(found, missing, manifest, rank)
+    scorer = Scorer(forward, manifest, base, data, views, rank.device, dtype)
+    batches, rounds = evaluation_batches(len(manifest.samples), rank.rank, rank.world_size, views.videos)
+    parts = []
+    beat()
+    for found in scorer.rounds(batches, rounds):
+        parts.append(found)
+        beat()
+    everything = rank.gather(Found.joined(parts, len(manifest.classes)))
+    found = Found.joined(everything, len(manifest.classes))
+    found.check(manifest)
+    return found
 
 
-def _merge(found: list[tuple[int, int, np.ndarray]], missing: list[tuple[int, str]], manifest: Manifest,
-           rank: Rank) -> Scores:
-    everything = [(found, missing)]
-    if rank.world > 1:
-        everything = [([], [])] * rank.world
-        dist.all_gather_object(everything, (found, missing))
-    rows = sorted((row for part, _ in everything for row in part), key=lambda row: row[0])
-    lost = sorted(row for _, part in everything for row in part)
-    seen = [i for i, _, _ in rows] + [i for i, _ in lost]
-    assert sorted(seen) == list(range(len(manifest.samples))), "a video was scored twice or not at all"
-    probabilities = np.stack([p for _, _, p in rows]) if rows else np.empty((0, len(manifest.classes)))
-    return score(probabilities, np.array([c for _, c, _ in rows], dtype=np.int64),
-                 [(manifest.samples[i].key, reason) for i, reason in lost])
+def _in_place(batch: ViewBatch | None, places: list[int], shape: tuple[int, ...]) -> Tensor:
+    """Put the views of each video at its place of a batch of `shape`; the others are blank."""
+    if batch and places == list(range(shape[0])):
+        return batch["views"]
+    room = torch.zeros(shape, dtype=torch.uint8)
+    if batch and places:
+        room[places] = batch["views"]
+    return room

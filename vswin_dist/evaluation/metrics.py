@@ -22,14 +22,22 @@ class Scores:
 
     def metrics(self) -> dict[str, float]:
         """As logged: val/top1 and so on."""
-        return {"val/top1": self.top1, "val/top5": self.top5, "val/mean_class_accuracy": self.mean_class_accuracy,
-                "val/loss": self.loss, "val/expected": self.expected, "val/scored": self.scored,
-                "val/missing": len(self.missing)}
+        return {
+            "val/top1": self.top1,
+            "val/top5": self.top5,
+            "val/mean_class_accuracy": self.mean_class_accuracy,
+            "val/loss": self.loss,
+            "val/expected": self.expected,
+            "val/scored": self.scored,
+            "val/missing": len(self.missing),
+        }
 
     def __str__(self) -> str:
         counts = f"expected {self.expected} / scored {self.scored} / missing {len(self.missing)}"
-        return (f"top-1 {self.top1:.2f}%  top-5 {self.top5:.2f}%  mean class {self.mean_class_accuracy:.2f}%  "
-                f"loss {self.loss:.4f}  ({counts})")
+        return (
+            f"top-1 {self.top1:.2f}%  top-5 {self.top5:.2f}%  mean class {self.mean_class_accuracy:.2f}%  "
+            f"loss {self.loss:.4f}  ({counts})"
+        )
 
 
 def score(probabilities: NDArray[np.float64], labels: NDArray[np.int64], missing: list[tuple[str, str]]) -> Scores:
@@ -42,6 +50,12 @@ def score(probabilities: NDArray[np.float64], labels: NDArray[np.int64], missing
     hit = ranked == labels[:, None]
     per_class = [hit[labels == c, 0].mean() for c in np.unique(labels)]
     truth = probabilities[np.arange(n), labels]
-    return Scores(expected=n + len(missing), scored=n, missing=missing, top1=100 * float(hit[:, 0].mean()),
-                  top5=100 * float(hit.any(axis=1).mean()), mean_class_accuracy=100 * float(np.mean(per_class)),
-                  loss=float(-np.log(np.maximum(truth, 1e-12)).mean()))
+    return Scores(
+        expected=n + len(missing),
+        scored=n,
+        missing=missing,
+        top1=100 * float(hit[:, 0].mean()),
+        top5=100 * float(hit.any(axis=1).mean()),
+        mean_class_accuracy=100 * float(np.mean(per_class)),
+        loss=float(-np.log(np.maximum(truth, 1e-12)).mean()),
+    )

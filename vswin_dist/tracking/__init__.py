@@ -1,19 +1,51 @@
-"""MLflow: one run for one training, and the registry of models. Importing this imports no MLflow."""
+"""Runs and the registry of models, kept in MLflow or nowhere. Importing this imports no MLflow."""
 
-from vswin_dist.tracking.metrics import MetricLogger
-from vswin_dist.tracking.provenance import package_versions, source_version
-from vswin_dist.tracking.registry import (
-    ModelVersion,
-    find_version,
-    is_reference,
-    register_model,
-    resolve_model,
-    set_alias,
+from vswin_dist.tracking.logged import LoggedRun, curves, fetch, finished_runs, newest_run
+from vswin_dist.tracking.names import Names
+from vswin_dist.tracking.provenance import package_versions, redact, source_version
+from vswin_dist.tracking.registry import CANDIDATE, CHAMPION, INFLATED, Measured, ModelVersion, Registry, is_reference
+from vswin_dist.tracking.run import (
+    NONE,
+    DatasetRecord,
+    NullRun,
+    Run,
+    RunReference,
+    attach,
+    below,
+    check_store,
+    open_run,
+    tracking_uri,
+    wait_for_store,
 )
-from vswin_dist.tracking.run import DatasetRecord, end_run, log_start, open_run, tracking_uri
+from vswin_dist.tracking.sync import send_kept
 
 __all__ = [
-    "DatasetRecord", "MetricLogger", "ModelVersion", "end_run", "find_version", "is_reference", "log_start",
-    "open_run", "package_versions", "register_model", "resolve_model", "set_alias", "source_version",
+    "CANDIDATE",
+    "CHAMPION",
+    "INFLATED",
+    "NONE",
+    "DatasetRecord",
+    "LoggedRun",
+    "Measured",
+    "ModelVersion",
+    "Names",
+    "NullRun",
+    "Registry",
+    "Run",
+    "RunReference",
+    "attach",
+    "below",
+    "check_store",
+    "curves",
+    "fetch",
+    "finished_runs",
+    "is_reference",
+    "newest_run",
+    "open_run",
+    "package_versions",
+    "redact",
+    "send_kept",
+    "source_version",
     "tracking_uri",
+    "wait_for_store",
 ]

@@ -27,7 +27,7 @@ _AWS_KEY = re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b")
 
 
 def redact(text: str) -> str:
-    """`text` without what gives access: users and queries of URLs, values of ``...secret:``-like lines, AWS key ids."""
+    """`text` without what gives access: users and queries of URLs, values of `...secret:`-like lines, AWS key ids."""
     text = _URL_USER.sub(r"\g<scheme>", text)
     text = _URL_QUERY.sub(r"\g<url>", text)
     text = _SECRET_LINE.sub(rf"\g<head>{HIDDEN}", text)
@@ -35,9 +35,9 @@ def redact(text: str) -> str:
 
 
 def flatten(settings: Any, prefix: str = "") -> dict[str, str]:
-    """Nested settings (a dataclass or mappings) as ``group.field`` -> text, redacted.
+    """Nested settings (a dataclass or mappings) as `group.field` -> text, redacted.
 
-    Lists become JSON, None becomes ``null``; a field whose name says that it is a secret becomes ``***``.
+    Lists become JSON, None becomes `null`; a field whose name says that it is a secret becomes `***`.
     """
     if is_dataclass(settings) and not isinstance(settings, type):
         settings = asdict(settings)
@@ -54,11 +54,11 @@ def flatten(settings: Any, prefix: str = "") -> dict[str, str]:
 
 
 def source_version(folder: str | Path) -> str:
-    """What code this is: the commit passed at submission, else git's, else a hash of what was shipped.
+    """Return what code this is: the commit passed at submission, else git's, else a hash of what was shipped.
 
     Returns:
-        ``VSWIN_SOURCE_COMMIT``; or the commit of a git checkout that tracks files of `folder`, with ``-dirty`` where
-        tracked files differ from it; or ``tree-`` and the sha256 over the .py and .yaml files below `folder`.
+        `VSWIN_SOURCE_COMMIT`; or the commit of a git checkout that tracks files of `folder`, with `-dirty` where
+        tracked files differ from it; or `tree-` and the sha256 over the .py and .yaml files below `folder`.
     """
     if commit := os.environ.get(SOURCE_COMMIT):
         return commit
@@ -71,7 +71,7 @@ def source_version(folder: str | Path) -> str:
 
 
 def _git(folder: str | Path, *command: str) -> str:
-    """The output of a git command in `folder`; ``""`` where git, the checkout or the commit is absent."""
+    """Return the output of a git command in `folder`; `""` where git, the checkout or the commit is absent."""
     try:
         done = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
@@ -92,7 +92,7 @@ def _tree_hash(folder: Path) -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """``python``, and the version of every installed distribution, sorted by name."""
+    """`python`, and the version of every installed distribution, sorted by name."""
     found = {(d.metadata["Name"] or "").lower(): d.version for d in importlib.metadata.distributions()}
     found.pop("", None)
     return {"python": platform.python_version(), **dict(sorted(found.items()))}

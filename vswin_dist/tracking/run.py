@@ -1,31 +1,33 @@
-"""One MLflow run for one training, whatever restarts happen in it.
+"""The run of a training, an evaluation or a comparison: what is logged of it, wherever that goes.
 
-The driver opens the run (`open_run`), writes what is known before the first step (`log_start`) and sets the end
-state (`end_run`); rank 0 alone logs metrics meanwhile, through `metrics.MetricLogger`.
+The driver opens the run (`open_run`), writes what is known before the first step (`Run.start`) and sets the end state
+(`Run.end`). It hands `Run.reference` to the ranks, of which the main one attaches to the run and logs metrics.
 """
 
 from __future__ import annotations
 
-import getpass
-import json
-import logging
 import os
-import platform
+import sys
 import time
-from collections.abc import Mapping, Sequence
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from vswin_dist import storage
-from vswin_dist.errors import CheckpointError
+from vswin_dist import local_files
+from vswin_dist.errors import TrackingError
+from vswin_dist.lease import UNFENCED, Fence
 from vswin_dist.tracking import backend
-from vswin_dist.tracking.provenance import flatten, package_versions, redact
+from vswin_dist.tracking.names import Names
+from vswin_dist.tracking.spool import Spool
 
-MAX_PARAM = 6000  # characters; MLflow refuses longer values
-MAX_TAG = 8000
-STARTS_TAG = "vswin.starts"  # how often this training was submitted
-_log = logging.getLogger(__name__)
+NONE = "none"  # as a tracking URI: nothing is tracked
+UNTRACKED = "untracked-"  # how the ids of runs begin that no store knows
+FLUSH_S = 30.0
+PATIENCE_S, ASKED_AGAIN_S = 120.0, 2.0  # with a store that is away when work of hours is done
+Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 @dataclass(frozen=True)
@@ -39,118 +41,247 @@ class DatasetRecord:
     profile: Mapping[str, Any] = field(default_factory=dict)  # such as the manifest's counts
 
 
-def tracking_uri(setting: str | None) -> str:
-    """The store to use: `setting`, else ``MLFLOW_TRACKING_URI``, else a sqlite file in the data root.
+@dataclass(frozen=True)
+class RunReference:
+    """A run by plain values, which another process attaches to."""
 
-    A sqlite path is made absolute, since a submitted job works in another folder.
-    """
-    uri = setting or os.environ.get("MLFLOW_TRACKING_URI") or f"{backend.SQLITE}{storage.home()}/mlflow/mlflow.db"
-    if not uri.startswith(backend.SQLITE):
-        return uri
-    path, mark, query = uri.removeprefix(backend.SQLITE).partition("?")
-    return f"{backend.SQLITE}{Path(path).expanduser().absolute()}{mark}{query}"
+    uri: str  # of the store
+    run_id: str
+    spool: str = ""  # URL of the folder for what the store does not take; "" where that is an error, or lost
+    fence: Fence = UNFENCED  # who is fenced out tells the store nothing more
 
 
-def check_store(uri: str) -> None:
-    """Ask the store at `uri` something. A sqlite file that is not there yet is not made: its folder is tried.
+class Run(ABC):
+    """A run that was opened or attached to. A subclass for each kind of store, chosen by `kind`."""
 
-    Raises:
-        PreflightError: the store cannot be reached. DataError: the folder cannot be written.
-    """
-    path = Path(uri.removeprefix(backend.SQLITE).partition("?")[0])
-    if uri.startswith(backend.SQLITE) and not path.exists():
-        storage.check_writable(str(path.parent))
-        return
-    with backend.reachable(uri):
-        backend.client(uri).search_experiments(max_results=1)
+    registers: ClassVar[bool] = False  # whether such a store has a registry of models
+
+    @classmethod
+    @abstractmethod
+    def create(cls, uri: str, experiment: str, name: str) -> Run:
+        """Create a run; see `open_run`."""
+
+    @classmethod
+    @abstractmethod
+    def reopen(cls, uri: str, run_id: str) -> Run:
+        """Reopen a run; see `open_run`."""
+
+    @classmethod
+    @abstractmethod
+    def check(cls, uri: str, names: Names, make: bool) -> None:
+        """Refuse a store that cannot be used; see `check_store`."""
+
+    def __init__(self, reference: RunReference) -> None:
+        self.reference = reference
+        uri = backend.safe_uri(reference.uri)
+        self.spool = Spool(reference.spool, uri, reference.run_id, reference.fence) if reference.spool else None
+        self.listeners: list[Callable[[Mapping[str, float]], None]] = []  # each is told of what is logged
+
+    @property
+    def id(self) -> str:
+        """The run's id in its store."""
+        return self.reference.run_id
+
+    @abstractmethod
+    def start(
+        self,
+        *,
+        settings: Any,
+        recipe: str | None,
+        source: str,
+        world_size: int,
+        datasets: Sequence[DatasetRecord],
+        files: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Log what is known before the first step; of a resumed run, what is new or differs.
+
+        Args:
+            settings: a dataclass or mapping, flattened to params.
+            defaults: of settings; those that have the same value are no params, so that runs differ where they do.
+            recipe: its text, where there is one.
+            source: see `source_version`.
+            files: more artifacts, path -> text, such as `parameter_groups.md`.
+
+        Returns:
+            How often the run had been started before: 0 the first time, and where that is kept for later.
+
+        Raises:
+            TrackingError: the store is away, and the run has no spool.
+        """
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take `metrics` of global step `step`, to be sent in the background; returns at once.
+
+        Raises:
+            ValueError: a name that stores do not take (letters, digits and `_-. /:`), or a negative step.
+        """
+        for tell in self.listeners:
+            tell(metrics)
+        self.take(step, metrics)
+
+    @abstractmethod
+    def take(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Do what `log` says, for this kind of store."""
+
+    @abstractmethod
+    def flush(self, timeout_s: float = FLUSH_S) -> bool:
+        """Wait until the store has all metrics; False where `timeout_s` passed before."""
+
+    @abstractmethod
+    def keep(self, timeout_s: float = FLUSH_S) -> bool:
+        """Let no metric taken so far depend on this process: the store has it within `timeout_s`, else the spool.
+
+        Returns:
+            True where the store has all. It is not waited for where it is known to be away.
+        """
+
+    @abstractmethod
+    def artifact(self, path: str, text: str) -> None:
+        """Keep `text` as the run's file `path`, redacted.
+
+        Raises:
+            TrackingError: the store is away, and the run has no spool.
+        """
+
+    @abstractmethod
+    def artifact_file(self, path: str, local: Path) -> None:
+        """Keep a copy of the file `local` as the run's file `path`.
+
+        Raises:
+            TrackingError: the store is away.
+        """
+
+    @abstractmethod
+    def end(self, status: Status) -> bool:
+        """Set the end state; False, with a warning, where the store is away: the work's own result stands.
+
+        A process that is fenced out leaves the state to the one that took over.
+        """
+
+    @abstractmethod
+    def close(self, timeout_s: float = FLUSH_S) -> int:
+        """Send the metrics that wait, for at most `timeout_s`, and stop; returns the number of values that were lost.
+
+        What a run with a spool could not send is there, and not lost.
+        """
 
 
-def open_run(uri: str, experiment: str, run_name: str, run_id: str | None = None) -> str:
-    """Create the run of a training, or with `run_id` open that one again (its state is RUNNING afterwards).
+class NullRun(Run):
+    """A run of which nothing is kept: of `tracking.uri=none`, of ranks other than the main one, of tests."""
+
+    def __init__(self, reference: RunReference | None = None) -> None:
+        super().__init__(reference or RunReference(NONE, f"{UNTRACKED}{uuid.uuid4().hex}"))
+
+    @classmethod
+    def create(cls, uri: str, experiment: str, name: str) -> Run:
+        return cls()
+
+    @classmethod
+    def reopen(cls, uri: str, run_id: str) -> Run:
+        return cls(RunReference(uri, run_id))
+
+    @classmethod
+    def check(cls, uri: str, names: Names, make: bool) -> None:
+        pass
+
+    def start(self, **_: Any) -> int:
+        return 0
+
+    def take(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def flush(self, timeout_s: float = FLUSH_S) -> bool:
+        return True
+
+    def keep(self, timeout_s: float = FLUSH_S) -> bool:
+        return True
+
+    def artifact(self, path: str, text: str) -> None:
+        pass
+
+    def artifact_file(self, path: str, local: Path) -> None:
+        pass
+
+    def end(self, status: Status) -> bool:
+        return True
+
+    def close(self, timeout_s: float = FLUSH_S) -> int:
+        return 0
+
+
+def kind(uri: str) -> type[Run]:
+    """Choose the class of the runs in the store at `uri`; the only place that knows all of them."""
+    if uri == NONE:
+        return NullRun
+    from vswin_dist.tracking.mlflow_run import MlflowRun
+
+    return MlflowRun
+
+
+def open_run(uri: str, experiment: str, name: str, run_id: str | None = None) -> Run:
+    """Create the run `name` in the store `uri`, or with `run_id` reopen that one, whose state becomes RUNNING.
 
     Raises:
         CheckpointError: the run `run_id` is absent from the store, or was deleted.
-        PreflightError: the store cannot be reached. ConfigError: the experiment cannot be used.
+        TrackingError: the store is away.
+        ConfigError: the experiment cannot be used.
     """
-    with backend.reachable(uri):
-        client = backend.client(uri)
-        if run_id is None:
-            tags = {"mlflow.source.type": "JOB", "mlflow.source.name": "vswin_dist", "mlflow.user": _user()}
-            run = client.create_run(backend.experiment_id(uri, experiment), run_name=run_name, tags=tags)
-            return str(run.info.run_id)
-        where = backend.safe_uri(uri)
-        try:
-            run = client.get_run(run_id)
-        except Exception as error:
-            if not backend.is_final(error):
-                raise
-            raise CheckpointError(f"the MLflow run {run_id} of this training is not in {where}: name the store where "
-                                  "it began in tracking.uri, or start over with run.fresh=true") from error
-        if run.info.lifecycle_stage == "deleted":
-            raise CheckpointError(f"the MLflow run {run_id} of this training was deleted from {where}: restore it with "
-                                  f"`mlflow runs restore --run-id {run_id}`, or start over with run.fresh=true")
-        client.update_run(run_id, status="RUNNING")
-        return run_id
+    return kind(uri).reopen(uri, run_id) if run_id else kind(uri).create(uri, experiment, name)
 
 
-def log_start(uri: str, run_id: str, *, settings: Any, recipe: str | None, source: str, world_size: int,
-              datasets: Sequence[DatasetRecord], files: Mapping[str, str] | None = None,
-              tags: Mapping[str, str] | None = None) -> int:
-    """Write what is known before the first step; on a resumed run, what is new or differs.
+def attach(reference: RunReference) -> Run:
+    """Attach to a run that another process has opened, to log its metrics."""
+    return kind(reference.uri)(reference)
 
-    Params cannot be changed in MLflow: on resumption N the settings that differ stand in the tag ``resumed.N`` and the
-    files below ``resumed_N/``. Everything is redacted first.
+
+def below(parent: str | None) -> dict[str, str]:
+    """Give the tag of a run that is shown below the run `parent`; none for None."""
+    return {backend.PARENT_TAG: parent} if parent else {}
+
+
+def tracking_uri(setting: str | None) -> str:
+    """Choose the store: `setting`, else `MLFLOW_TRACKING_URI`, else a sqlite file in the data root; `none` for no store.
+
+    A sqlite path is made absolute, since a submitted job works in another folder.
+    """
+    uri = setting or os.environ.get("MLFLOW_TRACKING_URI") or f"{backend.SQLITE}{local_files.home()}/mlflow/mlflow.db"
+    if not uri.startswith(backend.SQLITE):
+        return uri
+    path, mark, query = uri.removeprefix(backend.SQLITE).partition("?")
+    return f"{backend.SQLITE}{local_files.expanded(path)}{mark}{query}"
+
+
+def check_store(uri: str, names: Names | None = None, make: bool = False) -> None:
+    """Refuse a store that cannot be used, or not for `names`.
 
     Args:
-        settings: a dataclass or mapping, flattened to params.
-        recipe: its text, where there is one.
-        source: see `source_version`.
-        files: more artifacts, path -> text, such as ``parameter_groups.md``.
+        make: the experiment is made where it is absent. Else nothing is written: of a sqlite file that is not there
+            yet, the folder is tried.
 
-    Returns:
-        How often the training had been started before: 0 the first time.
+    Raises:
+        TrackingError: the store is away or refuses.
+        StorageError: the folder cannot be written.
+        ConfigError: a name cannot be used. CheckpointError: the run cannot be reopened.
     """
-    with backend.reachable(uri):
-        run = backend.client(uri).get_run(run_id).data
-        number = int(run.tags.get(STARTS_TAG, "0"))
-        wanted = {k: _shorten(v, MAX_PARAM) for k, v in flatten(settings).items()}
-        new = {k: v for k, v in wanted.items() if k not in run.params}
-        changed = {k: v for k, v in wanted.items() if run.params.get(k, v) != v}
-        marks = {STARTS_TAG: str(number + 1), "source_commit": source, "mlflow.source.git.commit": source,
-                 "world_size": str(world_size), **{f"dataset.{d.context}": d.fingerprint for d in datasets},
-                 **{k: redact(v) for k, v in (tags or {}).items()}}
-        if changed:
-            marks[f"resumed.{number}"] = json.dumps(changed)
-        backend.set_values(uri, run_id, new, {k: _shorten(v, MAX_TAG) for k, v in marks.items()})
-        for d in datasets:
-            backend.log_dataset(uri, run_id, d.name, d.fingerprint, redact(d.url), d.context, d.profile)
-        folder = f"resumed_{number}/" if number else ""
-        machine = {"platform": platform.platform(), "packages": package_versions()}
-        texts = {"environment.json": json.dumps(machine, indent=1), **(files or {})}
-        if recipe is not None:
-            texts["recipe.yaml"] = recipe
-        for path, text in texts.items():
-            backend.client(uri).log_text(run_id, redact(text), folder + path)
-    return number
+    kind(uri).check(uri, names or Names(), make)
 
 
-def end_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> bool:
-    """Set the end state; False, with a warning, where the store is away: the training's own result stands."""
-    try:
-        backend.client(uri).set_terminated(run_id, status=status, end_time=int(time.time() * 1000))
-    except Exception as error:
-        _log.warning("MLflow at %s did not take the end state %s of run %s: %s", backend.safe_uri(uri), status, run_id,
-                     backend.reason(error))
-        return False
-    return True
+def wait_for_store(uri: str) -> None:
+    """Wait for a store that is away now, for at most `PATIENCE_S`: for what is done, and only to be told to it.
 
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):  # a container's user id without a name
-        return "unknown"
-
-
-def _shorten(value: str, limit: int) -> str:
-    return value if len(value) <= limit else f"{value[:limit - 20]}… ({len(value)} chars)"[:limit]
+    Raises:
+        TrackingError: it is still away, or refuses.
+    """
+    end, told = time.monotonic() + PATIENCE_S, False
+    while True:
+        try:
+            return check_store(uri)
+        except TrackingError as error:
+            if not error.retriable or time.monotonic() > end:
+                raise
+            if not told:
+                print(f"warning: {error} It is asked again for {PATIENCE_S:g} s.", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(ASKED_AGAIN_S)

@@ -1,60 +1,152 @@
 """DeepSpeed, and nothing of it elsewhere: the engine of one rank, and its state keyed by parameter name.
 
 DeepSpeed's own checkpoints cannot change the number of ranks or the ZeRO stage with several parameter groups. The
-state here is one full tensor for each parameter and moment, gathered from and scattered to the partitions of any
-stage. That uses private names of DeepSpeed (the release is pinned): `_lazy_init_hp_params_optimizer_state` of stages
-1 and 2, `fp32_partitioned_groups_flat` of stage 3.
+state here is one tensor for each parameter and moment, the moments in the parts that ranks hold of them; it is scattered to
+the partitions of any stage. That uses private names of DeepSpeed (the release is pinned):
+`_lazy_init_hp_params_optimizer_state` of stages 1 and 2 and the `_hp_mapping` of their parameters,
+`fp32_partitioned_groups_flat` of stage 3.
 """
 
 from __future__ import annotations
 
+import gc
+import importlib
 import logging
+import math
 import os
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from vswin_dist.config.schema import OptimSettings, TrainingSettings
+from vswin_dist.training.checkpoint import Part, State
 from vswin_dist.training.optim import ParameterGroup
+from vswin_dist.training.step_metrics import Outcome
 
+EMA = "ema"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MIN_LOSS_SCALE, GROWTH_INTERVAL = 1, 2000  # of fp16; the scale doubles after so many steps without an overflow, as PyTorch's
 
 
-def _import_deepspeed() -> Any:
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+@contextmanager
+def _absent(package: str) -> Iterator[None]:
+    """Let imports of a package fail, where it is not loaded yet."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment] # how Python is told so
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+
+
+@cache
+def _import_deepspeed(device: torch.device) -> Any:
+    os.environ["DS_ACCELERATOR"] = device.type  # else the ranks of CPUs take a GPU that the machine has
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that this torch warns of, several times a step.
     warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
-    import deepspeed
+    with _absent("mlflow"):  # its tuner, which nothing here uses, imports it: two seconds of each rank
+        import deepspeed
+
+    # DeepSpeed asks whether the optimizer is Muon, whose module compiles a function as it is imported: 3 s in each rank for
+    # the import of the whole compiler.
+    with patch.object(torch, "compile", lambda function: function):
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # The shared-memory collectives of CPU ranks would be compiled at first use, for over a minute; gloo serves.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    gc.freeze()  # bf16 collects garbage a dozen times as it begins: half a second each, for what is imported and stays
     return deepspeed
 
 
-def deepspeed_config(training: TrainingSettings, optim: OptimSettings, accumulation: int) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given. ZeRO 0 in bf16 keeps fp32 weights and runs under autocast."""
-    bf16 = training.precision == "bf16"
+def deepspeed_config(
+    training: TrainingSettings, optim: OptimSettings, accumulation: int, device: torch.device
+) -> dict[str, Any]:
+    """Make what `deepspeed.initialize` is given. ZeRO 0 in bf16 and fp16 keeps fp32 weights and runs under autocast."""
+    bf16, fp16 = training.precision == "bf16", training.precision == "fp16"
+    zero = training.zero_stage > 0
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": training.micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optim.gradient_clipping,
         "steps_per_print": 1 << 60,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": training.zero_stage, "overlap_comm": torch.cuda.is_available()},
-        # The overflow check waits for the GPU at every step, and leaves steps out in silence: `loop.flush` stops instead.
-        "bf16": {"enabled": bf16 and training.zero_stage > 0, "check_grad_overflow": False},
-        "torch_autocast": {"enabled": bf16 and training.zero_stage == 0, "dtype": "bfloat16"},
+        "zero_optimization": {"stage": training.zero_stage, "overlap_comm": device.type == "cuda"},
+        # The overflow check waits for the GPU at every step. Without it `skipped_steps` finds out later, and stops.
+        "bf16": {"enabled": bf16 and zero, "check_grad_overflow": optim.max_skipped_steps > 0},
+        "torch_autocast": {"enabled": (bf16 or fp16) and not zero, "dtype": "float16" if fp16 else "bfloat16"},
     }
-    if bf16 and training.zero_stage > 0:
+    if (bf16 or fp16) and zero:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if fp16 and zero:
+        config["fp16"] = {
+            "enabled": True,
+            "loss_scale": 0,  # a dynamic one, that is halved by each overflow as PyTorch's is
+            "hysteresis": 1,
+            "min_loss_scale": MIN_LOSS_SCALE,
+            "loss_scale_window": GROWTH_INTERVAL,
+        }
+    if training.offload:
+        # PyTorch's AdamW updates on the host too, with the bits that it has elsewhere; DeepSpeed's own needs a compiler.
+        config["zero_force_ds_cpu_optimizer"] = False
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     return config
+
+
+def be_deterministic() -> None:
+    """Have PyTorch take algorithms that give the same bits again, in this process; before the GPU is used.
+
+    Without it, on a GPU, the gradients of the bias tables are summed by atomics (not by the Triton kernels), and so are some
+    of attention and of the products.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # all of it is written before it is read
+
+
+class EngineAdamW(torch.optim.AdamW):
+    """AdamW that changes nothing where `overflow` is set, nor a group that is marked `frozen`; it may average the weights.
+
+    DeepSpeed reads `overflow`, as it does that of its own optimizers. The average (EMA) of the weights after each update is
+    part of the state, beside the moments; it begins with the weights before the first update.
+    """
+
+    overflow = False
+    ema_decay = 0.0  # 0: no average
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Do as PyTorch's, but for its decorator, which imports the compiler: 2.6 s of each rank's start."""
+        torch.optim.AdamW.add_param_group.__wrapped__(self, param_group)  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update the weights, or leave the step out."""
+        if self.overflow:
+            return None
+        everything = self.param_groups
+        self.param_groups = [g for g in everything if not g.get("frozen")]  # ZeRO has gradients of 0 for them
+        updated = [p for g in self.param_groups for p in g["params"] if p.grad is not None] if self.ema_decay else []
+        before = {p: p.detach().clone() for p in updated if not self.state[p]}
+        try:
+            loss = torch.optim.AdamW.step.__wrapped__(self, closure)  # type: ignore[attr-defined] # see `add_param_group`
+        finally:
+            self.param_groups = everything
+        for p in updated:
+            if p in before:
+                self.state[p][EMA] = before[p]
+            self.state[p][EMA].lerp_(p.detach(), 1 - self.ema_decay)
+        return loss
 
 
 class Engine:
@@ -62,28 +154,53 @@ class Engine:
 
     Args:
         model: on the CPU in fp32, the same on every rank; moved to `device` and cast as the settings say.
-        groups: which parameters share a rate; see `optim.parameter_groups`.
+        groups: which parameters have one learning rate; see `optim.parameter_groups`.
         accumulation: micro-batches of one optimizer step.
     """
 
-    def __init__(self, model: nn.Module, groups: list[ParameterGroup], training: TrainingSettings,
-                 optim: OptimSettings, accumulation: int, device: torch.device) -> None:
-        deepspeed = _import_deepspeed()
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: list[ParameterGroup],
+        training: TrainingSettings,
+        optim: OptimSettings,
+        accumulation: int,
+        device: torch.device,
+    ) -> None:
+        deepspeed = _import_deepspeed(device)
+        supported = deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS
+        if EngineAdamW not in supported:  # else DeepSpeed warns of it
+            supported.append(EngineAdamW)
         self._gathered = deepspeed.zero.GatheredParameters
         self._tensors = deepspeed.utils
         self.stage = training.zero_stage
         self.groups, self.lr = groups, optim.lr
-        self.input_dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+        self.input_dtype = DTYPES[training.precision]
         self.device = device
-        exact = {n: p.detach().clone() for n, p in model.named_parameters()} if training.precision == "bf16" else {}
-        parameters = dict(model.to(device).named_parameters())
-        optimizer = torch.optim.AdamW(
-            [{"params": [parameters[n] for n in g.names], "weight_decay": g.weight_decay, "lr": g.lr_factor * optim.lr}
-             for g in groups], betas=(optim.betas[0], optim.betas[1]), eps=optim.eps)
+        exact = {n: p.detach().clone() for n, p in model.named_parameters()} if training.precision != "fp32" else {}
+        self._parameters = parameters = dict(model.to(device).named_parameters())
+        self._skips = optim.max_skipped_steps > 0
+        self._updates = [0] * len(groups)  # of each group, by AdamW: fewer than steps where some are left out
+        self._frozen = [False] * len(groups)
+        optimizer = EngineAdamW(
+            [
+                {"params": [parameters[n] for n in g.names], "weight_decay": g.weight_decay, "lr": g.lr_factor * optim.lr}
+                for g in groups
+            ],
+            betas=(optim.betas[0], optim.betas[1]),
+            eps=optim.eps,
+        )
+        optimizer.ema_decay = training.ema_decay
+        self._moments = (*MOMENTS, EMA) if training.ema_decay else MOMENTS
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(training, optim, accumulation),
-            dist_init_required=False)
-        if exact:  # the fp32 master weights were made from weights already rounded to bf16
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(training, optim, accumulation, device),
+            dist_init_required=False,
+        )
+        self._scaler = self._loss_scaler() if training.precision == "fp16" else None
+        self.outcome = Outcome()
+        if exact:  # the fp32 master weights were made from weights already rounded
             self.load_weights(exact)
 
     @property
@@ -97,28 +214,95 @@ class Engine:
         return logits
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch's mean loss; DeepSpeed divides by the accumulation."""
-        self.engine.backward(loss)
+        """Add the gradient of one micro-batch's mean loss; DeepSpeed divides by the accumulation.
+
+        Where steps may be skipped, a loss that is not finite leaves no gradient finite: an infinite one may.
+        """
+        self.engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan) if self._skips else loss)
 
     def step(self) -> None:
-        """After each micro-batch; steps the optimizer after the last of an accumulation."""
-        if self.stage == 0 and self.engine.is_gradient_accumulation_boundary():
-            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-            self.engine._global_grad_norm = torch.nn.utils.get_total_norm(grads)
-        self.engine.step()
+        """After each micro-batch; steps the optimizer after the last of an accumulation.
 
-    def set_learning_rate(self, factor: float) -> list[float]:
-        """Give every group its rate times `factor`; returns the rates."""
-        rates = [g.lr_factor * self.lr * factor for g in self.groups]
+        ZeRO leaves out the update of a gradient that is not finite: stage 3 always, 1 and 2 in bf16 where it is told to
+        check. Stage 0 does not by itself.
+        """
+        last: bool = self.engine.is_gradient_accumulation_boundary()
+        scale = self.loss_scale if last else 1.0
+        if self.stage == 0 and last:
+            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads)
+            self.engine._global_grad_norm = norm / scale if self._scaler else norm
+            if self._skips or self._scaler:
+                self.optimizer.overflow = not bool(norm.isfinite())
+        self.engine.step()
+        if last:
+            frozen = self._frozen
+            self._freeze([False] * len(self.groups))  # what reads and writes the state finds all parameters alike
+            applied = bool(self.engine.was_step_applied())
+            self.outcome = Outcome(applied, bool(self._scaler) and not applied and scale > MIN_LOSS_SCALE, scale)
+            if applied:
+                self._updates = [n + (not off) for n, off in zip(self._updates, frozen, strict=True)]
+
+    # --- the loss scale of fp16 ---------------------------------------------------------------------------------
+
+    def _loss_scaler(self) -> Any:
+        """Return what finds the loss scale: PyTorch's in stage 0, else DeepSpeed's."""
+        if self.stage == 0:
+            return self.engine.torch_autocast_z0_gradscaler
+        self.optimizer.loss_scaler.raise_error_at_min_scale = False  # `skipped_steps` does, and says of which batch
+        return self.optimizer.loss_scaler
+
+    @property
+    def loss_scale(self) -> float:
+        """What losses are multiplied by, 1 but in fp16; the host waits for the device there."""
+        if self._scaler is None:
+            return 1.0
+        return float(self._scaler.get_scale() if self.stage == 0 else self._scaler.cur_scale)
+
+    def loss_scale_state(self) -> dict[str, float]:
+        """Return the scale and the steps since an overflow, in the same form for all stages; nothing but in fp16."""
+        if self._scaler is None:
+            return {}
+        if self.stage == 0:
+            return {"scale": self.loss_scale, "stable": self._scaler.state_dict()["_growth_tracker"]}
+        return {"scale": self.loss_scale, "stable": self._scaler.cur_iter - self._scaler.last_overflow_iter - 1}
+
+    def load_loss_scale(self, state: Mapping[str, float]) -> None:
+        """Go on from a `loss_scale_state`; from the start where it says nothing."""
+        if self._scaler is None or not state:
+            return
+        scale, stable = state["scale"], int(state["stable"])
+        if self.stage == 0:
+            tracker = {"scale": scale, "_growth_tracker": stable % GROWTH_INTERVAL}
+            self._scaler.load_state_dict(self._scaler.state_dict() | tracker)
+        else:
+            self._scaler.cur_scale, self._scaler.cur_iter, self._scaler.last_overflow_iter = scale, stable, -1
+
+    def set_learning_rate(self, factor: float, epoch: int = 0) -> list[float]:
+        """Begin a step of `epoch`: give every group its rate times `factor`, and 0 while it is frozen; returns the rates."""
+        self._freeze([epoch < g.frozen_epochs for g in self.groups])
+        rates = [0.0 if off else g.lr_factor * self.lr * factor for g, off in zip(self.groups, self._frozen, strict=True)]
         for target in {id(o): o for o in (self.optimizer, self._base_optimizer)}.values():
             for group, rate in zip(target.param_groups, rates, strict=True):
                 group["lr"] = rate
         return rates
 
+    def _freeze(self, frozen: list[bool]) -> None:
+        """Let autograd leave out the groups that are `frozen`; all are trained when DeepSpeed looks which there are."""
+        if frozen == self._frozen:
+            return
+        self._frozen = frozen
+        for group, mark, off in zip(self.groups, self._base_optimizer.param_groups, frozen, strict=True):
+            mark["frozen"] = off
+            for name in group.names:
+                self._parameters[name].requires_grad_(not off)
+
     def gradient_norm(self) -> Tensor:
-        """The global norm of the last step's gradient, before clipping; on the device, where nothing waits for it."""
+        """Return the global norm of the last step's gradient, before clipping; on the device, where nothing waits for it."""
         norm = self.engine.get_global_grad_norm()
-        return norm.detach().float() if isinstance(norm, Tensor) else torch.full((), float(norm), device=self.device)
+        if isinstance(norm, Tensor):
+            return norm.detach().float().to(self.device)  # with `offload` it is the host's
+        return torch.full((), float(norm), device=self.device)
 
     # --- the portable state -------------------------------------------------------------------------------------
 
@@ -127,11 +311,12 @@ class Engine:
         base: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return base
 
-    def _partitions(self) -> list[Tensor]:
-        """The flat fp32 tensors that the base optimizer steps on this rank."""
+    def _partitions(self) -> list[tuple[int, Tensor]]:
+        """Return the flat fp32 tensors that the base optimizer steps on this rank, each with the number of its group."""
         if self.stage == 3:
-            return list(self.optimizer.fp32_partitioned_groups_flat)
-        return [p for group in self._base_optimizer.param_groups for p in group["params"]]
+            flat = self.optimizer.fp32_partitioned_groups_flat
+            return [(self.optimizer.sub_group_to_group_id[i], p) for i, p in enumerate(flat)]
+        return [(i, p) for i, group in enumerate(self._base_optimizer.param_groups) for p in group["params"]]
 
     def _relink(self) -> None:
         """Let stages 1 and 2 find the moments of every group (without, those after the first are missed)."""
@@ -139,45 +324,99 @@ class Engine:
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
+    def state(self) -> State:
+        """Return what this rank gives to a checkpoint, after at least one step."""
+        shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in self.module.named_parameters()}
+        return State(shapes, self.weights(), list(self.moments()))
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, full fp32 tensor) of every parameter. Collective: all ranks iterate together."""
+        held = self.stage == 0 or (self.stage < 3 and self.input_dtype == torch.float32)  # by every rank, in full
         for name, p in self.module.named_parameters():
-            yield name, p.detach() if self.stage == 0 else self._tensors.safe_get_full_fp32_param(p)
+            yield name, p.detach() if held else self._tensors.safe_get_full_fp32_param(p)
 
-    def moments(self) -> Iterator[tuple[str, Tensor]]:
-        """("exp_avg.NAME" or "exp_avg_sq.NAME", full fp32 tensor), after at least one step. Collective."""
+    def group_records(self) -> list[dict[str, Any]]:
+        """Return the groups as a checkpoint keeps them, each with the number of its updates."""
+        return [g.as_record() | {"updates": n} for g, n in zip(self.groups, self._updates, strict=True)]
+
+    def moments(self) -> Iterator[Part]:
+        """Yield this rank's part of "exp_avg.NAME", "exp_avg_sq.NAME" and "ema.NAME"; each value is with one rank."""
         self._relink()
+        mine = self._names_updated() & (self._mine_of_stage_0() if self.stage == 0 else set(self._parameters))
         for name, p in self.module.named_parameters():
-            for moment in MOMENTS:
-                if self.stage == 0:
-                    yield f"{moment}.{name}", self._base_optimizer.state[p][moment]
-                else:
-                    yield f"{moment}.{name}", self._tensors.safe_get_full_optimizer_state(p, moment)
+            shape = tuple(getattr(p, "ds_shape", p.shape))
+            for moment in self._moments if name in mine else ():
+                start, values = self._moment(p, moment)
+                if values.numel():
+                    yield Part(f"{moment}.{name}", shape, start, values)
+
+    def _moment(self, p: Any, moment: str) -> tuple[int, Tensor]:
+        """Return this rank's part of a moment of `p`: where it begins in the flattened tensor, and its values."""
+        if self.stage == 0:
+            return 0, self._base_optimizer.state[p][moment].reshape(-1)
+        if self.stage == 3:
+            values = self._tensors.safe_get_local_optimizer_state(p, moment)
+            start = min(torch.distributed.get_rank() * values.numel(), p.ds_numel)
+            return start, values[: p.ds_numel - start]  # padding stands behind
+        if p._hp_mapping is None:
+            return 0, torch.empty(0)
+        return p._hp_mapping.lp_fragment_address.start, p._hp_mapping.get_hp_fragment(moment)
+
+    def _mine_of_stage_0(self) -> set[str]:
+        """Choose the parameters whose moments this rank writes, where every rank holds all; the main one has the weights."""
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        sizes = {n: p.numel() for n, p in self.module.named_parameters()}
+        main = max(0.0, 3 / ranks - 1) / 2  # of the moments, which are twice the weights
+        before, found = 0, set()
+        for name, size in sizes.items():
+            at = before / sum(sizes.values())
+            before += size
+            if rank == (0 if at < main else 1 + int((at - main) / (1 - main) * (ranks - 1))):
+                found.add(name)
+        return found
+
+    def _names_updated(self) -> set[str]:
+        return {name for g, n in zip(self.groups, self._updates, strict=True) if n for name in g.names}
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Set every parameter, in the model's precision and in the fp32 master copy. Collective for stage 3."""
         for name, p in self.module.named_parameters():
             value = weights[name].to(self.device)
+            self._put(p, value)
             if self.stage == 3:
-                with self._gathered([p], modifier_rank=0):
-                    if torch.distributed.get_rank() == 0:
-                        p.data.copy_(value)
                 self._tensors.safe_set_local_fp32_param(p, self._local_slice(p, value))
-            else:
-                p.data.copy_(value)
-                if self.stage:
-                    self._tensors.safe_set_full_fp32_param(p, value.float())
+            elif self.stage:
+                self._tensors.safe_set_full_fp32_param(p, value.float())
+
+    def _put(self, p: Any, value: Tensor) -> None:
+        """Set a parameter in the model's precision. Collective for stage 3."""
+        if self.stage == 3:
+            with self._gathered([p], modifier_rank=0):
+                if torch.distributed.get_rank() == 0:
+                    p.data.copy_(value)
+        else:
+            p.data.copy_(value)
 
     @torch.no_grad()
-    def load_moments(self, moments: Mapping[str, Tensor], step: int) -> None:
-        """Set AdamW's moments and its step count (of the bias correction)."""
-        for flat in self._partitions():
-            self._base_optimizer.state[flat] = {
-                "step": torch.tensor(float(step)), **{m: torch.zeros_like(flat) for m in MOMENTS}}
+    def load_moments(self, moments: Mapping[str, Tensor], step: int, groups: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Set AdamW's moments and its counts of updates (of the bias correction), after `step` steps.
+
+        Args:
+            groups: the `group_records` of then; a group without a count was updated in every step.
+        """
+        counts = {record["label"]: record.get("updates", step) for record in groups}
+        self._updates = [counts.get(g.label, step) for g in self.groups]
+        for group, flat in self._partitions():
+            if updates := self._updates[group]:
+                self._base_optimizer.state[flat] = {
+                    "step": torch.tensor(float(updates)),
+                    **{m: torch.zeros_like(flat) for m in self._moments},
+                }
         self._relink()
+        updated = self._names_updated()
         for name, p in self.module.named_parameters():
-            for moment in MOMENTS:
+            for moment in self._moments if name in updated else ():
                 value = moments[f"{moment}.{name}"].to(self.device)
                 if self.stage == 0:
                     self._base_optimizer.state[p][moment].copy_(value)
@@ -188,24 +427,43 @@ class Engine:
         self.engine.global_steps = step
 
     def _local_slice(self, p: Any, value: Tensor) -> Tensor:
-        """This rank's part of a full tensor in stage 3: padded to the partitions' size, then cut."""
+        """Cut this rank's part of a full tensor in stage 3: padded to the partitions' size, then cut."""
         size = p.ds_tensor.ds_numel if hasattr(p.ds_tensor, "ds_numel") else p.ds_tensor.numel()
-        world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-        flat = torch.zeros(size * world, dtype=torch.float32, device=value.device)
-        flat[:value.numel()] = value.flatten().float()
-        return flat[rank * size:(rank + 1) * size]
+        world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        flat = torch.zeros(size * world_size, dtype=torch.float32, device=value.device)
+        flat[: value.numel()] = value.flatten().float()
+        return flat[rank * size : (rank + 1) * size]
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Let weights and averaged weights change places, in the model too; twice is exact. Collective."""
+        for _, flat in self._partitions():
+            average = self._base_optimizer.state[flat].get(EMA)
+            if average is not None:  # else it was never updated
+                weights = flat.detach().clone()
+                flat.copy_(average)
+                average.copy_(weights)
+        if self.stage:
+            for p in self.module.parameters():
+                self._put(p, self._tensors.safe_get_full_fp32_param(p))
 
     @contextmanager
-    def full_module(self) -> Iterator[nn.Module]:
-        """The module for evaluation, on clips of `input_dtype`; stage 3 gathers each layer as it runs.
+    def full_module(self, averaged: bool = False) -> Iterator[nn.Module]:
+        """Lend the module for evaluation, on clips of `input_dtype`; stage 3 gathers each layer as it runs.
 
-        Stage 0 in bf16 keeps fp32 weights: as in `forward`, where DeepSpeed sees to it, it runs under autocast.
+        With `averaged` it has the averaged weights (`training.ema_decay`), until it is given back.
+
+        Stage 0 in bf16 and fp16 keeps fp32 weights: as in `forward`, where DeepSpeed sees to it, it runs under autocast.
         """
         was_training = self.module.training
         self.module.eval()
-        mixed = self.stage == 0 and self.input_dtype == torch.bfloat16
+        if averaged:
+            self._exchange()
+        mixed = self.stage == 0 and self.input_dtype != torch.float32
         try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+            with torch.autocast(self.device.type, self.input_dtype if mixed else torch.bfloat16, enabled=mixed):
                 yield self.module
         finally:
+            if averaged:
+                self._exchange()
             self.module.train(was_training)

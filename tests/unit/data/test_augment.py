@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vswin_dist.config.schema import DataSettings
-from vswin_dist.data import augment, pixel_ops
+from vswin_dist.data.transforms import augment, pixel_ops
 
 STRONG = DataSettings(train="", rand_augment_ops=4, rand_augment_magnitude=30, erasing=1.0)
 
@@ -21,13 +21,15 @@ def still(size: int = 48, frames: int = 4) -> Tensor:
     return torch.from_numpy(frame).repeat(1, frames, 1, 1)
 
 
-def test_a_clip_depends_on_seed_epoch_sample_and_repeat_alone() -> None:
+def test_a_clip_depends_on_seed_epoch_sample_and_copy_alone() -> None:
     clip = still()
     before = clip.clone()
     first = augment.augment(clip, STRONG, augment.clip_rng(0, 1, 5))
     assert torch.equal(first, augment.augment(clip, STRONG, augment.clip_rng(0, 1, 5))) and torch.equal(clip, before)
-    others = [augment.augment(clip, STRONG, augment.clip_rng(*key))
-              for key in ((1, 1, 5, 0), (0, 2, 5, 0), (0, 1, 6, 0), (0, 1, 5, 1))]
+    others = [
+        augment.augment(clip, STRONG, augment.clip_rng(*key))
+        for key in ((1, 1, 5, 0), (0, 2, 5, 0), (0, 1, 6, 0), (0, 1, 5, 1))
+    ]
     assert not any(torch.equal(first, other) for other in others)
 
 
@@ -50,21 +52,32 @@ def test_strengths_of_the_published_magnitude(monkeypatch: pytest.MonkeyPatch) -
     """imgaug's RandAugment(m=7): 7 of 30."""
     seen: dict[str, set[float]] = {}
     for name in ("rotate", "posterize", "solarize", "color", "brightness", "shear_x", "cutout"):
-        monkeypatch.setattr(pixel_ops, name, lambda clip, value, *rest, name=name: seen.setdefault(name, set()).add(
-            round(value, 4)) or clip)
-    monkeypatch.setattr(pixel_ops, "translate", lambda clip, down, right: seen.setdefault("translate", set()).update(
-        {down, right}) or clip)
+        monkeypatch.setattr(
+            pixel_ops, name, lambda clip, value, *rest, name=name: seen.setdefault(name, set()).add(round(value, 4)) or clip
+        )
+    monkeypatch.setattr(
+        pixel_ops, "translate", lambda clip, down, right: seen.setdefault("translate", set()).update({down, right}) or clip
+    )
     clip = torch.zeros(3, 1, 100, 100, dtype=torch.uint8)
     for number in range(12):
         augment.rand_augment(clip, len(augment.OPERATIONS), 7, np.random.default_rng(number))
     assert seen == {
-        "rotate": {-7.0, 7.0}, "posterize": {7}, "solarize": {197}, "color": {0.79, 1.21}, "brightness": {0.79, 1.21},
-        "shear_x": {-0.0699, 0.0699}, "cutout": {0.1458}, "translate": {-8, 0, 8}}
+        "rotate": {-7.0, 7.0},
+        "posterize": {7},
+        "solarize": {197},
+        "color": {0.79, 1.21},
+        "brightness": {0.79, 1.21},
+        "shear_x": {-0.0699, 0.0699},
+        "cutout": {0.1458},
+        "translate": {-8, 0, 8},
+    }
 
 
 def test_different_operations_are_drawn_in_random_order(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
-    monkeypatch.setattr(augment, "OPERATIONS", {n: lambda clip, share, rng, n=n: done.append(n) or clip for n in "abcdef"})
+    monkeypatch.setattr(
+        augment, "OPERATIONS", {n: lambda clip, strength, rng, n=n: done.append(n) or clip for n in "abcdef"}
+    )
     orders = set()
     for number in range(300):
         done.clear()

@@ -1,9 +1,10 @@
-"""Clips are functions of (seed, epoch, sample); any step can be first; bad videos are replaced, damage stops."""
+"""Clips are functions of (seed, epoch, sample); any step can be first; corrupt samples are replaced, damage stops."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import tarfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -11,26 +12,31 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.shards import with_bad_videos, with_damaged_storage
+from tests.support.shards import with_corrupt_videos, with_damaged_storage
 from vswin_dist import storage
 from vswin_dist.config import load_settings
+from vswin_dist.config.schema import DataSettings
 from vswin_dist.data import loader as feeding
 from vswin_dist.data.loader import Batch, TrainLoader
 from vswin_dist.data.plan import Plan, make_plan
-from vswin_dist.data.transforms import to_rgb
+from vswin_dist.data.transforms.normalise import to_rgb
+from vswin_dist.data.transforms.resample import crops_to_rgb
+from vswin_dist.device import Rank
 from vswin_dist.errors import CheckpointError, DataError
-from vswin_dist.evaluation.evaluate import Rank, Views, evaluate
+from vswin_dist.evaluation.evaluate import Views, evaluate
 from vswin_dist.manifest import Manifest, read_manifest
+
+CPU = torch.device("cpu")
 
 
 def settings(shards: Path, *overrides: str):
     return load_settings("demo", [f"data.train={shards}/train", f"data.val={shards}/val", "data.workers=0", *overrides]).data
 
 
-def loader(shards: Path, *overrides: str, rank: int = 0, world: int = 1, micro: int = 4, last: int = 5, seed: int = 0):
+def loader(shards: Path, *overrides: str, rank: int = 0, world_size: int = 1, micro: int = 4, last: int = 5, seed: int = 0):
     s = settings(shards, *overrides)
     manifest = read_manifest(s.train)
-    return TrainLoader(manifest, s, make_plan(manifest, s, seed, 16), rank, world, micro, last)
+    return TrainLoader(manifest, s, make_plan(manifest, s, seed, 16), Rank(rank, world_size, CPU), micro, last)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +57,7 @@ def test_a_flipped_clip_has_the_mirrored_class(motion_shards: Path) -> None:
         assert labels == [classes[manifest.samples[i].class_id] for i in numbers]
     alone = replace(manifest, classes=[c.replace("right", "east") for c in manifest.classes])  # left has no counterpart
     s = settings(motion_shards, *whole, "data.flip=1")
-    batches = list(TrainLoader(alone, s, make_plan(manifest, s, 0, 16), 0, 1, 4, 2))
+    batches = list(TrainLoader(alone, s, make_plan(manifest, s, 0, 16), Rank(0, 1, CPU), 4, 2))
     labels = torch.cat([b["labels"] for b in batches])
     unflipped = labels == 3
     assert unflipped.any() and torch.equal(join(batches)[0][unflipped], still[unflipped])
@@ -91,12 +97,27 @@ def test_repeated_samples_are_augmented_each_time_otherwise(motion_shards: Path)
     batch = next(iter(loader(motion_shards, "data.repeats=2", micro=16)))
     assert batch["indices"][:8].tolist() == batch["indices"][8:].tolist()
     assert not any(torch.equal(a, b) for a, b in zip(batch["clips"][:8], batch["clips"][8:], strict=True))
-    assert batch["draws"].tolist() == [*batch["indices"][:8].tolist(), *(batch["indices"][8:] + 52).tolist()]
+    assert batch["occurrences"].tolist() == [*batch["indices"][:8].tolist(), *(batch["indices"][8:] + 52).tolist()]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_bytes_that_a_rank_reads_are_counted(motion_shards: Path, workers: int) -> None:
+    one = loader(motion_shards, f"data.workers={workers}", last=2)
+    assert one.metrics == {"data/bytes_read": 0}
+    _, numbers = join(one)
+    sizes: dict[str, int] = {}
+    for tar in (motion_shards / "train").glob("*.tar"):
+        with tarfile.open(tar) as members:
+            sizes |= {m.name.removesuffix(".mp4"): m.size for m in members if m.name.endswith(".mp4")}
+    assert one.metrics == {"data/bytes_read": sum(sizes[one.manifest.samples[i].key] for i in numbers)}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_it_goes_on_in_mid_epoch_with_the_batch_that_would_have_come(motion_shards: Path, whole: list[Batch],
-                                                                          workers: int) -> None:
+def test_it_resumes_in_mid_epoch_with_the_batch_that_would_have_come(
+    motion_shards: Path, whole: list[Batch], workers: int
+) -> None:
     begun = loader(motion_shards, f"data.workers={workers}")
     before = list(itertools.islice(begun, 10))  # 2 steps and a half
     state = json.loads(json.dumps(begun.state_dict()))
@@ -105,14 +126,14 @@ def test_it_goes_on_in_mid_epoch_with_the_batch_that_would_have_come(motion_shar
     resumed.load_state_dict(state)
     for a, b in zip(whole, before[:8] + list(resumed), strict=True):
         assert torch.equal(a["clips"], b["clips"])
-        assert all(torch.equal(a[k], b[k]) for k in ("labels", "indices", "draws"))
+        assert all(torch.equal(a[k], b[k]) for k in ("labels", "indices", "occurrences"))
 
 
 def test_two_ranks_then_one_then_two_read_the_same(motion_shards: Path, whole: list[Batch]) -> None:
     clips, numbers = join(whole)
     state, parts, sequence = {}, [], []
-    for world, last in ((2, 2), (1, 4), (2, 5)):
-        ranks = [loader(motion_shards, rank=r, world=world, last=last, micro=8) for r in range(world)]
+    for world_size, last in ((2, 2), (1, 4), (2, 5)):
+        ranks = [loader(motion_shards, rank=r, world_size=world_size, last=last, micro=8) for r in range(world_size)]
         for one in ranks:
             one.load_state_dict(state or one.state_dict())
         for micro in zip(*ranks, strict=True):
@@ -129,30 +150,31 @@ def test_a_position_of_another_order_is_refused(motion_shards: Path) -> None:
         loader(motion_shards).load_state_dict(loader(motion_shards, seed=1).state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_video_is_replaced_by_the_same_one_always(motion_shards: Path, tmp_path: Path, workers: int) -> None:
+def test_a_corrupt_sample_is_replaced_by_the_same_one_always(motion_shards: Path, tmp_path: Path, workers: int) -> None:
     chosen = range(0, 52, 3)  # so many that each step and each rank has some, whatever order the fingerprint gives
-    with_bad_videos(motion_shards / "train", tmp_path / "train", chosen)
+    with_corrupt_videos(motion_shards / "train", tmp_path / "train", chosen)
     batches = list(loader(tmp_path, f"data.workers={workers}", last=3))
-    bad = [b for batch in batches for b in batch["bad"]]
+    corrupt = [c for batch in batches for c in batch["corrupt"]]
     plan: Plan = loader(tmp_path).plan
     expected = [(s, p) for s in range(3) for p, i in enumerate(plan.batch(s).samples) if i in chosen]
-    assert sorted({(b.step, b.place) for b in bad}) == expected and len({b.step for b in bad}) == 3
-    assert {b.place // 8 for b in bad} == {0, 1}, "all of them on one rank"
-    assert all("cannot be decoded" in b.reason for b in bad)
+    assert sorted({(c.step, c.position) for c in corrupt}) == expected and len({c.step for c in corrupt}) == 3
+    assert {c.position // 8 for c in corrupt} == {0, 1}, "all of them on one rank"
+    assert all("cannot be decoded" in c.reason for c in corrupt)
     clips, numbers = join(batches)
     assert sum(a != b for a, b in zip(numbers, plan.epoch_steps(0).samples.ravel(), strict=True)) == len(expected)
-    for b in bad:
-        assert numbers[16 * b.step + b.place] == b.substitute not in chosen
+    for c in corrupt:
+        assert numbers[16 * c.step + c.position] == c.substitute not in chosen
     labels = torch.cat([b["labels"] for b in batches])
     assert labels.tolist() == [read_manifest(f"{tmp_path}/train").samples[i].class_id for i in numbers]
-    ranks = [list(loader(tmp_path, rank=r, world=2, micro=8, last=3)) for r in range(2)]
+    ranks = [list(loader(tmp_path, rank=r, world_size=2, micro=8, last=3)) for r in range(2)]
     assert torch.equal(clips, join(m for micro in zip(*ranks, strict=True) for m in micro)[0])
 
 
-def test_nothing_but_bad_videos_stops(motion_shards: Path, tmp_path: Path) -> None:
-    with_bad_videos(motion_shards / "train", tmp_path / "train", range(52))
-    with pytest.raises(DataError, match=r"step 0, place 0: 32 videos in a row do not decode; the last: .* cannot be"):
+def test_nothing_but_corrupt_samples_stops(motion_shards: Path, tmp_path: Path) -> None:
+    with_corrupt_videos(motion_shards / "train", tmp_path / "train", range(52))
+    with pytest.raises(DataError, match=r"step 0, position 0: 32 videos in a row do not decode; the last: .* cannot be"):
         next(iter(loader(tmp_path)))
 
 
@@ -169,9 +191,11 @@ def test_damaged_storage_stops_training(motion_shards: Path, tmp_path: Path, mon
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_missing_shard_stops_training_in_one_line(motion_shards: Path, tmp_path: Path, workers: int) -> None:
-    with_bad_videos(motion_shards / "train", tmp_path / "train", [])
+    with_corrupt_videos(motion_shards / "train", tmp_path / "train", [])
     next((tmp_path / "train").glob("*.tar")).unlink()
-    with pytest.raises(DataError, match=r"^sample .* does not exist\. If the storage answers otherwise") as error:
+    with pytest.raises(
+        DataError, match=r"^sample .* does not exist\. Its shard is damaged or gone: run data-prep verify"
+    ) as error:
         list(loader(tmp_path, f"data.workers={workers}"))
     assert "\n" not in str(error.value)
 
@@ -187,7 +211,7 @@ def test_evaluation_counts_what_it_cannot_read(motion_shards: Path, tmp_path: Pa
     def forward(clips: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(clips), 6) + torch.arange(6)
 
-    scores = evaluate(forward, manifest, url, s, Views(2, 3, 8), Rank(0, 1, torch.device("cpu")), torch.float32)
+    scores = evaluate(forward, manifest, url, s, Views(2, 3, 8), Rank(0, 1, CPU), torch.float32).scores(manifest)
     assert (scores.expected, scores.scored) == (12, 11)
     assert [key for key, _ in scores.missing] == [manifest.samples[3].key]
     assert scores.top1 == pytest.approx(100 * sum(x.class_id == 5 for i, x in enumerate(manifest.samples) if i != 3) / 11)
@@ -203,3 +227,48 @@ def test_frames_in_random_order_are_the_same_frames(motion_shards: Path, form: s
     assert not torch.equal(ordered, shuffled)
     sums = [sorted(v[0].float().sum((0, 2, 3)).tolist()) for v in (ordered, shuffled)]
     assert sums[0] == sums[1]
+
+
+def as_rgb(batch: Batch, s: DataSettings) -> torch.Tensor:
+    return crops_to_rgb(batch["clips"], batch["crops"], s.frames, s.size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_native_crops_are_those_of_rgb_and_resume_alike(motion_shards: Path, whole: list[Batch], workers: int) -> None:
+    """The same clips with the same labels in the same order; pixels differ as each side rounds and resizes chroma."""
+    native = ("data.pixel_format=native", f"data.workers={workers}")
+    begun = loader(motion_shards, *native)
+    before = [(batch, as_rgb(batch, begun.settings)) for batch in itertools.islice(begun, 10)]
+    resumed = loader(motion_shards, *native)
+    resumed.load_state_dict(begun.state_dict())
+    found = before[:8] + [(batch, as_rgb(batch, begun.settings)) for batch in resumed]
+    for wanted, (batch, rgb) in zip(whole, found, strict=True):
+        assert all(torch.equal(wanted[k], batch[k]) for k in ("labels", "indices", "occurrences"))
+        assert rgb.shape == wanted["clips"].shape and (rgb.int() - wanted["clips"].int()).abs().float().mean() < 3
+    alone = loader(motion_shards, "data.pixel_format=native", micro=16, last=2)
+    assert torch.equal(torch.cat([as_rgb(b, alone.settings) for b in alone]), torch.cat([rgb for _, rgb in found[:8]]))
+
+
+@pytest.mark.slow
+def test_native_crops_skip_corrupt_samples(motion_shards: Path, tmp_path: Path) -> None:
+    with_corrupt_videos(motion_shards / "train", tmp_path / "train", range(0, 52, 3))
+    rgb, native = (list(loader(tmp_path, f"data.pixel_format={form}", last=3)) for form in ("rgb", "native"))
+    assert sum(len(b["corrupt"]) for b in native) > 0
+    s = loader(tmp_path).settings
+    for one, other in zip(rgb, native, strict=True):
+        assert one["corrupt"] == other["corrupt"] and torch.equal(one["indices"], other["indices"])
+        assert (one["clips"].int() - as_rgb(other, s).int()).abs().float().mean() < 3
+
+
+def test_views_of_native_are_planes(motion_shards: Path) -> None:
+    manifest = read_manifest(str(motion_shards / "val"))
+    made = [
+        next(feeding.test_batches(manifest, s.val, s, [[0, 1]], 2, 3))["views"]
+        for s in (settings(motion_shards, f"data.pixel_format={form}") for form in ("yuv", "native"))
+    ]
+    assert torch.equal(*made)
+    s = settings(motion_shards, "data.pixel_format=native")
+    alone = Rank(0, 1, CPU)
+    found = evaluate(lambda c: torch.zeros(len(c), 6), manifest, s.val, s, Views(1, 1, 8), alone, torch.float32)
+    assert found.scores(manifest).scored == 12

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from vswin_dist.config.schema import DataSettings
-from vswin_dist.data import mixing
+from vswin_dist.data.transforms import mixing
 from vswin_dist.errors import ConfigError
 
 K, SEED = 5, 3
@@ -23,13 +23,16 @@ def batch(size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("settings", [MIXUP, CUTMIX, BOTH], ids=["mixup", "cutmix", "both"])
-@pytest.mark.parametrize(("world", "micro"), [(1, 16), (1, 2), (2, 8), (2, 4), (4, 2), (8, 2)])
-def test_ranks_and_micro_batches_change_nothing(settings: DataSettings, world: int, micro: int) -> None:
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 16), (1, 2), (2, 8), (2, 4), (4, 2), (8, 2)])
+def test_ranks_and_micro_batches_change_nothing(settings: DataSettings, world_size: int, micro: int) -> None:
     clips, labels = batch()
     whole = mixing.mix(clips, labels, K, settings, SEED, 7, 0)
-    share = 16 // world
-    parts = [mixing.mix(clips[p:p + micro], labels[p:p + micro], K, settings, SEED, 7, p)
-             for rank in range(world) for p in range(rank * share, (rank + 1) * share, micro)]
+    part = 16 // world_size
+    parts = [
+        mixing.mix(clips[p : p + micro], labels[p : p + micro], K, settings, SEED, 7, p)
+        for rank in range(world_size)
+        for p in range(rank * part, (rank + 1) * part, micro)
+    ]
     assert torch.equal(torch.cat([c for c, _ in parts]), whole[0])
     assert torch.equal(torch.cat([t for _, t in parts]), whole[1])
     assert not torch.equal(mixing.mix(clips, labels, K, settings, SEED, 8, 0)[0], whole[0])
@@ -47,7 +50,7 @@ def test_mixup_is_the_weighted_mean_of_neighbours() -> None:
         assert torch.allclose(targets[i], own * one_hot[i] + (1 - own) * one_hot[partner], atol=1e-6)
 
 
-def test_cutmix_takes_a_box_of_all_frames_and_its_share_of_the_target() -> None:
+def test_cutmix_takes_a_box_of_all_frames_and_its_fraction_of_the_target() -> None:
     clips, labels = torch.stack([torch.full((3, 2, 12, 20), float(i)) for i in range(8)]), torch.arange(8)
     mixed, targets = mixing.mix(clips, labels, 8, CUTMIX, SEED, 0, 0)
     for i in range(8):
@@ -59,7 +62,7 @@ def test_cutmix_takes_a_box_of_all_frames_and_its_share_of_the_target() -> None:
     assert 0 < targets[0::2, 1::2].diagonal().mean() < 1
 
 
-def test_boxes_are_inside_and_shares_follow_the_distribution() -> None:
+def test_boxes_are_inside_and_fractions_follow_the_distribution() -> None:
     drawn = [mixing.draw_pair(BOTH, 224, 224, 0, step, 0) for step in range(2000)]
     boxes = [p.box for p in drawn if p.box]
     assert 900 < len(boxes) < 1100

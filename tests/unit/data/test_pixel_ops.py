@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
-from vswin_dist.data import pixel_ops as ops
+from vswin_dist.data.transforms import pixel_ops as ops
 
 GREY = (128, 128, 128)
 
@@ -28,8 +28,13 @@ def clip() -> Tensor:
     """Five frames of 45 x 52: noise, a dim gradient, one value alone, two values, and bright noise."""
     rng = np.random.default_rng(0)
     gradient = np.broadcast_to(np.arange(52)[None, :, None] + 40 + np.array([0, 20, 60]), (45, 52, 3))
-    frames = [rng.integers(0, 256, (45, 52, 3)), gradient, np.full((45, 52, 3), 77),
-              np.where(rng.random((45, 52, 3)) < 0.01, 10, 200), rng.integers(120, 256, (45, 52, 3))]
+    frames = [
+        rng.integers(0, 256, (45, 52, 3)),
+        gradient,
+        np.full((45, 52, 3), 77),
+        np.where(rng.random((45, 52, 3)) < 0.01, 10, 200),
+        rng.integers(120, 256, (45, 52, 3)),
+    ]
     return torch.from_numpy(np.stack(frames).astype(np.uint8)).permute(3, 0, 1, 2).contiguous()
 
 
@@ -45,10 +50,15 @@ EXACT: list[tuple[str, Callable[[Tensor], Tensor], Callable[[Image.Image], Image
     ("blur", ops.blur, lambda f: f.filter(ImageFilter.BLUR)),
     *[(f"solarize {t}", lambda c, t=t: ops.solarize(c, t), lambda f, t=t: ImageOps.solarize(f, t)) for t in (0, 197, 256)],
     *[(f"posterize {b}", lambda c, b=b: ops.posterize(c, b), lambda f, b=b: ImageOps.posterize(f, b)) for b in (2, 7, 8)],
-    *[(f"{enhance.__name__} {x}", lambda c, x=x, e=enhance: getattr(ops, e.__name__.lower())(c, x),
-       lambda f, x=x, e=enhance: e(f).enhance(x))
-      for x in (0.1, 0.79, 1.0, 1.21, 1.9)
-      for enhance in (ImageEnhance.Color, ImageEnhance.Contrast, ImageEnhance.Brightness, ImageEnhance.Sharpness)],
+    *[
+        (
+            f"{enhance.__name__} {x}",
+            lambda c, x=x, e=enhance: getattr(ops, e.__name__.lower())(c, x),
+            lambda f, x=x, e=enhance: e(f).enhance(x),
+        )
+        for x in (0.1, 0.79, 1.0, 1.21, 1.9)
+        for enhance in (ImageEnhance.Color, ImageEnhance.Contrast, ImageEnhance.Brightness, ImageEnhance.Sharpness)
+    ],
     ("translate", lambda c: ops.translate(c, -4, 7), affine(1, 0, -7, 0, 1, 4)),
     ("translate back", lambda c: ops.translate(c, 4, -7), affine(1, 0, 7, 0, 1, -4)),
 ]
@@ -60,8 +70,9 @@ NEAREST: list[tuple[str, Callable[[Tensor], Tensor], Callable[[Image.Image], Ima
 
 
 @pytest.mark.parametrize(("operation", "expected"), [x[1:] for x in EXACT], ids=[x[0] for x in EXACT])
-def test_equal_to_pillow(clip: Tensor, operation: Callable[[Tensor], Tensor],
-                         expected: Callable[[Image.Image], Image.Image]) -> None:
+def test_equal_to_pillow(
+    clip: Tensor, operation: Callable[[Tensor], Tensor], expected: Callable[[Image.Image], Image.Image]
+) -> None:
     before = clip.clone()
     found = operation(clip)
     assert found.dtype == torch.uint8 and torch.equal(clip, before)
@@ -69,8 +80,9 @@ def test_equal_to_pillow(clip: Tensor, operation: Callable[[Tensor], Tensor],
 
 
 @pytest.mark.parametrize(("operation", "expected"), [x[1:] for x in NEAREST], ids=[x[0] for x in NEAREST])
-def test_transforms_take_the_pixels_that_pillow_takes(clip: Tensor, operation: Callable[[Tensor], Tensor],
-                                                      expected: Callable[[Image.Image], Image.Image]) -> None:
+def test_transforms_take_the_pixels_that_pillow_takes(
+    clip: Tensor, operation: Callable[[Tensor], Tensor], expected: Callable[[Image.Image], Image.Image]
+) -> None:
     """Pillow counts in 1/65536 pixels: a source on the edge between two pixels may fall to either."""
     where = torch.arange(45 * 52).view(1, 1, 45, 52)
     number = torch.cat([where % 256, where // 256, where * 0]).to(torch.uint8)  # each pixel's own number

@@ -14,10 +14,16 @@ def manifest(rule: str) -> Manifest:
     return Manifest("set", "train", ["a"], {}, [], [], sampling=rule)
 
 
-@pytest.mark.parametrize(("bound", "asked", "used", "warns"), [
-    ("uniform", "null", "uniform", False), ("dense", "null", "dense", False), ("uniform", "uniform", "uniform", False),
-    ("uniform", "dense", "dense", True), ("dense", "uniform", "uniform", True),
-])
+@pytest.mark.parametrize(
+    ("bound", "asked", "used", "warns"),
+    [
+        ("uniform", "null", "uniform", False),
+        ("dense", "null", "dense", False),
+        ("uniform", "uniform", "uniform", False),
+        ("uniform", "dense", "dense", True),
+        ("dense", "uniform", "uniform", True),
+    ],
+)
 def test_the_manifest_decides_unless_the_settings_do(bound: str, asked: str, used: str, warns: bool) -> None:
     settings = load_settings("demo", ["data.train=/shards", f"data.sampling={asked}"]).data
     resolved, warning = sampling.resolve(settings, manifest(bound))
@@ -49,15 +55,19 @@ def test_a_short_video_goes_round() -> None:
     assert sampling.test_indices(7, 5, 2, "dense", 2)[1].tolist() == [0, 2, 4, 6, 1]
 
 
-@pytest.mark.parametrize(("frames", "clips", "starts"), [
-    (300, 4, [29, 88, 148, 207]),  # 237 starts: parts of 59.25, middles 29.625, 88.875, 148.125, 207.375
-    (300, 10, [11, 35, 59, 82, 106, 130, 154, 177, 201, 225]),  # parts of 23.7, the first middle 11.85
-    (300, 1, [118]),  # 237 / 2 = 118.5
-    (64, 4, [0, 0, 0, 0]),  # one start: parts of 0.25, middles 0.125 to 0.875
-    (67, 4, [0, 1, 2, 3]),  # four starts
-    (66, 4, [0, 1, 1, 2]),  # three: 0.375, 1.125, 1.875, 2.625
-    (63, 4, [0, 0, 0, 0]), (20, 4, [0, 0, 0, 0]),
-])
+@pytest.mark.parametrize(
+    ("frames", "clips", "starts"),
+    [
+        (300, 4, [29, 88, 148, 207]),  # 237 starts: parts of 59.25, middles 29.625, 88.875, 148.125, 207.375
+        (300, 10, [11, 35, 59, 82, 106, 130, 154, 177, 201, 225]),  # parts of 23.7, the first middle 11.85
+        (300, 1, [118]),  # 237 / 2 = 118.5
+        (64, 4, [0, 0, 0, 0]),  # one start: parts of 0.25, middles 0.125 to 0.875
+        (67, 4, [0, 1, 2, 3]),  # four starts
+        (66, 4, [0, 1, 1, 2]),  # three: 0.375, 1.125, 1.875, 2.625
+        (63, 4, [0, 0, 0, 0]),
+        (20, 4, [0, 0, 0, 0]),
+    ],
+)
 def test_dense_test_clips_start_in_the_middle_of_equal_parts(frames: int, clips: int, starts: list[int]) -> None:
     found = sampling.test_indices(frames, 32, 2, "dense", clips)
     assert [int(c[0]) for c in found] == starts
@@ -65,18 +75,23 @@ def test_dense_test_clips_start_in_the_middle_of_equal_parts(frames: int, clips:
         assert clip.tolist() == [(int(clip[0]) + 2 * i) % frames for i in range(32)]
 
 
-@pytest.mark.parametrize(("frames", "first", "last", "middle"), [
-    (17, [0, 4, 8, 12], [4, 8, 12, 16], [2, 6, 10, 14]),  # segments of 16 / 4 = 4
-    (11, [0, 2, 5, 8], [2, 5, 8, 10], [1, 3, 6, 9]),  # 2.5: edges 0, 2.5 -> 2, 5, 7.5 -> 8, 10 (halves to even)
-    (4, [0, 1, 2, 2], [1, 2, 2, 3], [0, 1, 2, 2]),  # 0.75: 0, 0.75 -> 1, 1.5 -> 2, 2.25 -> 2, 3
-    (2, [0, 0, 0, 1], [0, 0, 1, 1], [0, 0, 0, 1]),  # 0.25: 0, 0, 0.5 -> 0, 0.75 -> 1, 1
-    (1, [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]),
-])
+@pytest.mark.parametrize(
+    ("frames", "first", "last", "middle"),
+    [
+        (17, [0, 4, 8, 12], [4, 8, 12, 16], [2, 6, 10, 14]),  # segments of 16 / 4 = 4
+        (11, [0, 2, 5, 8], [2, 5, 8, 10], [1, 3, 6, 9]),  # 2.5: edges 0, 2.5 -> 2, 5, 7.5 -> 8, 10 (halves to even)
+        (4, [0, 1, 2, 2], [1, 2, 2, 3], [0, 1, 2, 2]),  # 0.75: 0, 0.75 -> 1, 1.5 -> 2, 2.25 -> 2, 3
+        (2, [0, 0, 0, 1], [0, 0, 1, 1], [0, 0, 0, 1]),  # 0.25: 0, 0, 0.5 -> 0, 0.75 -> 1, 1
+        (1, [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]),
+    ],
+)
 def test_uniform_takes_one_frame_of_each_segment(frames: int, first: list[int], last: list[int], middle: list[int]) -> None:
     assert sampling.test_indices(frames, 4, 1, "uniform", 1)[0].tolist() == middle
     rng = np.random.default_rng(0)
-    seen = [set(column) for column in zip(*(sampling.train_indices(frames, 4, 1, "uniform", rng).tolist()
-                                            for _ in range(200)), strict=True)]
+    seen = [
+        set(column)
+        for column in zip(*(sampling.train_indices(frames, 4, 1, "uniform", rng).tolist() for _ in range(200)), strict=True)
+    ]
     assert seen == [set(range(a, b + 1)) for a, b in zip(first, last, strict=True)]
 
 
@@ -96,12 +111,15 @@ def in_resized(boxes: list[tuple[float, ...]], height: int, width: int, tall: in
     return (np.array(boxes) * scale).round(6).tolist()
 
 
-@pytest.mark.parametrize(("height", "width", "tall", "wide", "offsets"), [
-    (256, 340, 224, 298, [(0, 0), (0, 37), (0, 74)]),  # 340 * 224 / 256 = 297.5, rounded up; step (298 - 224) // 2
-    (240, 320, 224, 299, [(0, 0), (0, 37), (0, 74)]),  # 298.67; step 75 // 2: the last pixel is never seen
-    (320, 240, 299, 224, [(0, 0), (37, 0), (74, 0)]),
-    (224, 224, 224, 224, [(0, 0), (0, 0), (0, 0)]),
-])
+@pytest.mark.parametrize(
+    ("height", "width", "tall", "wide", "offsets"),
+    [
+        (256, 340, 224, 298, [(0, 0), (0, 37), (0, 74)]),  # 340 * 224 / 256 = 297.5, rounded up; step (298 - 224) // 2
+        (240, 320, 224, 299, [(0, 0), (0, 37), (0, 74)]),  # 298.67; step 75 // 2: the last pixel is never seen
+        (320, 240, 299, 224, [(0, 0), (37, 0), (74, 0)]),
+        (224, 224, 224, 224, [(0, 0), (0, 0), (0, 0)]),
+    ],
+)
 def test_three_crops(height: int, width: int, tall: int, wide: int, offsets: list[tuple[int, int]]) -> None:
     boxes = sampling.test_boxes(height, width, 224, 224, 3)
     assert in_resized(boxes, height, width, tall, wide) == [[top, left, 224, 224] for top, left in offsets]

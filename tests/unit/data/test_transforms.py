@@ -4,20 +4,27 @@ import numpy as np
 import pytest
 import torch
 
-from vswin_dist.data import transforms
-from vswin_dist.data.transforms import constant, normalise, to_rgb
+import vswin_dist.data.transforms.normalise as transforms
+from vswin_dist.data.transforms.normalise import constant, normalise, to_rgb
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 # BT.601 of limited range: name -> (Y, Cb, Cr), (R, G, B)
-KNOWN = {"black": ((16, 128, 128), (0, 0, 0)), "white": ((235, 128, 128), (255, 255, 255)),
-         "red": ((81, 90, 240), (254, 0, 0)), "green": ((145, 54, 34), (0, 255, 1)), "blue": ((41, 240, 110), (0, 0, 255)),
-         "below black": ((5, 128, 128), (0, 0, 0))}
+KNOWN = {
+    "black": ((16, 128, 128), (0, 0, 0)),
+    "white": ((235, 128, 128), (255, 255, 255)),
+    "red": ((81, 90, 240), (254, 0, 0)),
+    "green": ((145, 54, 34), (0, 255, 1)),
+    "blue": ((41, 240, 110), (0, 0, 255)),
+    "below black": ((5, 128, 128), (0, 0, 0)),
+}
 
 
 def planes(values: tuple[int, int, int], time: int = 2, size: int = 8) -> torch.Tensor:
     """uint8 [1, T, S * S * 3 / 2] of one colour."""
-    parts = [torch.full((1, time, n), v, dtype=torch.uint8) for v, n in zip(values, (size**2, size**2 // 4, size**2 // 4),
-                                                                           strict=True)]
+    parts = [
+        torch.full((1, time, n), v, dtype=torch.uint8)
+        for v, n in zip(values, (size**2, size**2 // 4, size**2 // 4), strict=True)
+    ]
     return torch.cat(parts, 2)
 
 
@@ -59,4 +66,4 @@ def test_mean_and_std_are_sent_once_and_serve_training_after_an_evaluation(monke
     normalise(clips, mean, (9.0, 8.0, 7.0), torch.float32)
     assert len(sent) == 2
     assert not constant(mean, clips.device).is_inference()
-    transforms.constant.cache_clear()
+    constant.cache_clear()

@@ -34,7 +34,7 @@ def test_plain_and_compressed_also_in_several_gzip_members_with_padding(tmp_path
     assert read(several) == FILES
     data = several.read_bytes()
     for n in range(4):
-        (tmp_path / str(n)).write_bytes(data[n * 5000:(n + 1) * 5000 if n < 3 else None])
+        (tmp_path / str(n)).write_bytes(data[n * 5000 : (n + 1) * 5000 if n < 3 else None])
     assert read(*(tmp_path / str(n) for n in range(4))) == FILES
 
 

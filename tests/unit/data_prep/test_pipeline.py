@@ -14,12 +14,14 @@ import pytest
 
 from data_prep.executor import Done
 from data_prep.journal import only_writer
-from data_prep.pipeline import Run, plan, sample_key
-from data_prep.settings import Settings, parse_size
+from data_prep.pack import sample_key
+from data_prep.pipeline import Attempt, list_source
+from data_prep.settings import PrepSettings, parse_size
 from data_prep.sources.csv_index import CsvSource, parse_where
 from data_prep.sources.folder import FolderSource
 from data_prep.sources.kinetics import KineticsSource
 from data_prep.verify import check_shard, verify_dataset
+from tests.support.shards import with_a_hollow_video
 from tests.unit.data_prep.inprocess import COPY, FAST, InProcess, prepare, tars
 from tests.unit.data_prep.test_sources import kinetics_csv
 from tests.unit.data_prep.videos import make_folders, make_video
@@ -36,6 +38,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_manifest_members_and_rejects(folders: Path, tmp_path: Path) -> None:
     manifest = prepare(FolderSource(str(folders)), tmp_path)
     assert manifest.counts == {"read": 9, "kept": 8, "rejected": 1, "reasons": {"unreadable": 1}}
@@ -48,15 +51,17 @@ def test_manifest_members_and_rejects(folders: Path, tmp_path: Path) -> None:
             cls, facts, video = ((tar.extractfile(n) or pytest.fail(n)).read() for n in names)
             assert tar.getmember(names[0]).mtime == 0
         assert int(cls) == sample.class_id and json.loads(facts)["source_id"] == sample.source_id
-        raw = (tmp_path / manifest.shards[sample.shard].url).read_bytes()[sample.offset:sample.offset + sample.size]
+        raw = (tmp_path / manifest.shards[sample.shard].url).read_bytes()[sample.offset : sample.offset + sample.size]
         assert raw == video and zlib.crc32(raw) == sample.crc32
     assert read_manifest(str(tmp_path)).fingerprint == manifest.fingerprint
     assert not (tmp_path / ".data-prep" / "staging").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [FAST, COPY], ids=["train", "copy"])
 def test_same_bytes_whatever_the_order_of_completion_and_the_stops(
-        folders: Path, tmp_path: Path, settings: Settings) -> None:
+    folders: Path, tmp_path: Path, settings: PrepSettings
+) -> None:
     first = prepare(FolderSource(str(folders)), tmp_path / "a", settings)
     prepare(FolderSource(str(folders)), tmp_path / "b", settings, executor=InProcess(backwards=True))
     ran = []
@@ -77,40 +82,45 @@ def test_same_bytes_whatever_the_order_of_completion_and_the_stops(
     assert len(texts) == 1 and first.fingerprint.encode() in texts.pop()
 
 
+@pytest.mark.slow
 def test_the_seed_changes_the_order_and_classes_are_mixed(folders: Path, tmp_path: Path) -> None:
     one = prepare(FolderSource(str(folders)), tmp_path / "a", COPY)
-    two = prepare(FolderSource(str(folders)), tmp_path / "b", Settings(COPY.encoding, shard_count=3, seed=1))
+    two = prepare(FolderSource(str(folders)), tmp_path / "b", PrepSettings(COPY.encoding, shard_count=3, seed=1))
     assert [s.key for s in one.samples] != [s.key for s in two.samples]
     assert sorted(s.key for s in one.samples) == sorted(s.key for s in two.samples)
     assert [s.class_id for s in one.samples] not in ([0] * 4 + [1] * 4, [1] * 4 + [0] * 4)
 
 
+@pytest.mark.slow
 def test_shards_are_cut_at_the_target_size(folders: Path, tmp_path: Path) -> None:
-    manifest = prepare(FolderSource(str(folders)), tmp_path, Settings(COPY.encoding, shard_bytes=14_000))
+    manifest = prepare(FolderSource(str(folders)), tmp_path, PrepSettings(COPY.encoding, shard_bytes=14_000))
     assert len(manifest.shards) > 2
     assert all(s.bytes - 10_240 <= 14_000 for s in manifest.shards)  # tar pads its end to 10 kB
 
 
+@pytest.mark.slow
 def test_duplicates_are_rejected_unless_asked_for(tmp_path: Path) -> None:
     root = make_folders(tmp_path / "in", classes=1, each=2, frames=4)
     (root / "class 0" / "twin.mp4").write_bytes((root / "class 0" / "v0.mp4").read_bytes())
     manifest = prepare(FolderSource(str(root)), tmp_path / "a")
     assert manifest.counts["reasons"] == {"duplicate": 1}
     assert {manifest.rejected[0].source_id, "class 0/v1.mp4"} < {f"class 0/{n}.mp4" for n in ("v0", "v1", "twin")}
-    kept = prepare(FolderSource(str(root)), tmp_path / "b", Settings(FAST.encoding, keep_duplicates=True))
+    kept = prepare(FolderSource(str(root)), tmp_path / "b", PrepSettings(FAST.encoding, keep_duplicates=True))
     assert len(kept.samples) == 3
 
 
 def test_csv_rows_where_and_missing_videos(folders: Path, tmp_path: Path) -> None:
     index = tmp_path / "index.csv"
-    index.write_text("path,label,subject\nclass 0/v0.mp4,left,1\nclass 0/v1.mp4,right,2\nclass 1/v0.mp4,left,3\n"
-                     "class 1/gone.mp4,right,3\n-dash.mp4,left,9\n")
+    index.write_text(
+        "path,label,subject\nclass 0/v0.mp4,left,1\nclass 0/v1.mp4,right,2\nclass 1/v0.mp4,left,3\n"
+        "class 1/gone.mp4,right,3\n-dash.mp4,left,9\n"
+    )
     source = CsvSource(str(index), str(folders), "path", "label", parse_where(["subject=1,3"]))
     manifest = prepare(source, tmp_path / "out")
     assert manifest.counts == {"read": 3, "kept": 2, "rejected": 1, "reasons": {"missing_video": 1}}
     assert manifest.classes == ["left", "right"]
     listing = source.listing()
-    assert "class 1/v3.mp4" in listing.unnamed and "class 0/v1.mp4" not in listing.unnamed
+    assert "class 1/v3.mp4" in listing.unlabelled and "class 0/v1.mp4" not in listing.unlabelled
 
 
 def test_bad_input_is_refused_before_anything_is_written(folders: Path, tmp_path: Path) -> None:
@@ -118,8 +128,16 @@ def test_bad_input_is_refused_before_anything_is_written(folders: Path, tmp_path
     index.write_text("path,label\nclass 0/v0.mp4,left\n")
 
     def csv(**changes: Any) -> CsvSource:
-        return CsvSource(**{"index": str(index), "videos": str(folders), "path_column": "path",
-                            "label_column": "label", "where": {}, **changes})
+        return CsvSource(
+            **{
+                "index": str(index),
+                "videos": str(folders),
+                "path_column": "path",
+                "label_column": "label",
+                "where": {},
+                **changes,
+            }
+        )
 
     cases: list[tuple[str, Any, dict[str, Any]]] = [
         ("does not exist", FolderSource(str(tmp_path / "none")), {}),
@@ -135,8 +153,12 @@ def test_bad_input_is_refused_before_anything_is_written(folders: Path, tmp_path
             prepare(source, out, **more)
         assert text in str(caught.value).lower() or text in str(caught.value), str(caught.value)
         assert "\n" not in str(caught.value)
-    for row, text in (("../up.mp4,left", "leaves the video folder"), ("/etc/passwd,left", "leaves"),
-                      ("gone.mp4,left", "none of the"), ("class 0/v0.mp4,", "without a class")):
+    for row, text in (
+        ("../up.mp4,left", "leaves the video folder"),
+        ("/etc/passwd,left", "leaves"),
+        ("gone.mp4,left", "none of the"),
+        ("class 0/v0.mp4,", "without a class"),
+    ):
         index.write_text(f"path,label\n{row}\n")
         with pytest.raises(DataError, match=text):
             prepare(csv(), out)
@@ -154,6 +176,21 @@ def test_bad_input_is_refused_before_anything_is_written(folders: Path, tmp_path
     assert not out.exists()
 
 
+@pytest.mark.slow
+def test_shards_with_the_colours_of_before_are_not_added_to(folders: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(FolderSource(str(folders)), out, FAST)
+    plan, manifest = out / ".data-prep" / "plan.json", out / "manifest.json"
+    for path in (plan, manifest):
+        assert path.read_text().count('"colours":') == (1 if path == plan else 2)
+    body = json.loads(plan.read_text())
+    del body["settings"]["encoding"]["colours"]
+    plan.write_text(json.dumps(body))
+    with pytest.raises(DataError, match=r"encoding\.colours was None, is now 2"):
+        prepare(FolderSource(str(folders)), out, FAST)
+
+
+@pytest.mark.slow
 def test_an_output_that_holds_something_else_is_refused_and_left_alone(folders: Path, tmp_path: Path) -> None:
     prepare(FolderSource(str(folders)), tmp_path, COPY)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
@@ -179,6 +216,7 @@ def test_not_one_video_kept_is_a_failure_without_a_manifest(tmp_path: Path) -> N
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_verify_names_every_kind_of_damage(folders: Path, tmp_path: Path) -> None:
     manifest = prepare(FolderSource(str(folders)), tmp_path, COPY)
     whole = (tmp_path / "shard-00000.tar").read_bytes()
@@ -187,13 +225,15 @@ def test_verify_names_every_kind_of_damage(folders: Path, tmp_path: Path) -> Non
     def problems(data: bytes) -> str:
         (tmp_path / "shard-00000.tar").write_bytes(data)
         from data_prep.verify import ShardTask
-        task = ShardTask(0, str(tmp_path / "shard-00000.tar"), manifest.shards[0],
-                         [s for s in manifest.samples if s.shard == 0])
+
+        task = ShardTask(
+            0, str(tmp_path / "shard-00000.tar"), manifest.shards[0], [s for s in manifest.samples if s.shard == 0]
+        )
         return " | ".join(check_shard(task))
 
     assert problems(whole) == ""
-    assert "breaks off" in problems(whole[:first.offset + 100]) and "the manifest says" in problems(whole[:-512])
-    assert "ends after 3 of 9 members" in problems(whole[:first.offset + -(-first.size // 512) * 512])
+    assert "breaks off" in problems(whole[: first.offset + 100]) and "the manifest says" in problems(whole[:-512])
+    assert "ends after 3 of 9 members" in problems(whole[: first.offset + -(-first.size // 512) * 512])
     flipped = bytearray(whole)
     flipped[first.offset + 10] ^= 1
     assert "crc32" in problems(bytes(flipped)) and "sha256" in problems(bytes(flipped))
@@ -203,7 +243,16 @@ def test_verify_names_every_kind_of_damage(folders: Path, tmp_path: Path) -> Non
     (tmp_path / "shard-00000.tar").unlink()
     (tmp_path / "shard-00009.tar").write_bytes(whole)
     assert verify_dataset(str(tmp_path), 1, show_progress=False) == {
-        -1: ["shard-00009.tar: a shard that the manifest does not list"], 0: ["shard-00000.tar: missing"]}
+        -1: ["shard-00009.tar: a shard that the manifest does not list"],
+        0: ["shard-00000.tar: missing"],
+    }
+
+
+def test_verify_refuses_a_set_with_a_video_of_no_frames(folders: Path, tmp_path: Path) -> None:
+    prepare(FolderSource(str(folders)), tmp_path / "out", FAST)
+    first = with_a_hollow_video(tmp_path / "out", tmp_path / "hollow", 1)
+    with pytest.raises(DataError, match=rf"1 without content: '{first.source_id}' with 0 frames, {first.size} bytes"):
+        verify_dataset(str(tmp_path / "hollow"), 1, False)
 
 
 def test_keys_have_no_dots_and_differ() -> None:
@@ -215,12 +264,18 @@ def test_keys_have_no_dots_and_differ() -> None:
 
 def test_sizes() -> None:
     assert [parse_size(t) for t in ("256MB", "64 MiB", "1.5G", "1000", "2kb")] == [
-        256 * 10**6, 64 << 20, 15 * 10**8, 1000, 2000]
+        256 * 10**6,
+        64 << 20,
+        15 * 10**8,
+        1000,
+        2000,
+    ]
     for bad in ("", "MB", "-1", "1TB5", "0"):
         with pytest.raises(ConfigError):
             parse_size(bad)
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_half_written_is_removed(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(WorkFailed):
         prepare(FolderSource(str(folders)), tmp_path, executor=InProcess(stop_after=3))
@@ -232,19 +287,22 @@ def test_what_a_killed_run_left_half_written_is_removed(folders: Path, tmp_path:
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_what_a_killed_worker_packed_and_did_not_remove_does_not_wait(
-        folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patched:
         patched.setattr("data_prep.journal.Staging.discard", lambda *_: None)
         with pytest.raises(WorkFailed):
             prepare(FolderSource(str(folders)), tmp_path, executor=InProcess(stop_after=8))
-    run = Run(plan(FolderSource(str(folders)), str(tmp_path), FAST, None, None), InProcess(), False)
-    packed = {slot for record in run.records.values() for slot in range(record.start, record.end)}
-    assert packed and run.outcomes and not packed & set(run.outcomes)
-    assert run.waiting_bytes == sum(o.size for o in run.outcomes.values())
+    attempt = Attempt(list_source(FolderSource(str(folders)), str(tmp_path), FAST, None, None), InProcess(), False)
+    packed = {index for finished in attempt.ranges.values() for index in range(finished.start, finished.end)}
+    assert packed and attempt.outcomes and not packed & set(attempt.outcomes)
+    assert attempt.waiting_bytes == sum(o.size for o in attempt.outcomes.values())
     assert prepare(FolderSource(str(folders)), tmp_path) == prepare(FolderSource(str(folders)), tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_what_waits_for_its_shard_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first video comes last; meanwhile only so many others are staged."""
     root = make_folders(tmp_path / "in", classes=1, each=40, frames=3)
@@ -253,20 +311,21 @@ def test_what_waits_for_its_shard_is_bounded(tmp_path: Path, monkeypatch: pytest
 
     class FirstLast(InProcess):
         def wait(self) -> Done:
-            if self.tasks[0][0] == ("video", 0) and len(self.tasks) > 1:
+            if self.tasks[0].ticket == ("video", 0) and len(self.tasks) > 1:
                 self.tasks.rotate(-1)
             done = super().wait()
             staged.append(sum(p.stat().st_size for p in staging.glob("0*")))
             return done
 
     monkeypatch.setattr("data_prep.pipeline.SPARE_BYTES", 0)
-    settings = Settings(FAST.encoding, shard_bytes=10_000)
+    settings = PrepSettings(FAST.encoding, shard_bytes=10_000)
     manifest = prepare(FolderSource(str(root)), tmp_path / "out", settings, executor=FirstLast())
     largest = max(s.size for s in manifest.samples) + 400  # the outcome's own line
     assert sum(s.size for s in manifest.samples) > 3 * 10_000, "the set is too small to tell"
     assert max(staged) < 2 * 10_000 + 5 * largest
 
 
+@pytest.mark.slow
 def test_file_names_are_only_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = ["-dash.mp4", "a;touch here $(touch here).mp4", "a::b.mp4", "[x]*?.mp4", "ä.mp4", "new\nline.mp4", "~.mp4"]
@@ -280,14 +339,15 @@ def test_file_names_are_only_names(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "in", "train"]
 
 
+@pytest.mark.slow
 def test_a_worker_that_died_before_it_could_answer_has_done_its_shard(folders: Path, tmp_path: Path) -> None:
     """The task comes again when its staged bytes are gone."""
 
     class Twice(InProcess):
         def wait(self) -> Done:
-            ticket, function, argument = self.tasks[0]
-            if isinstance(ticket, tuple) and ticket[0] == "shard":
-                function(argument)
+            task = self.tasks[0]
+            if isinstance(task.ticket, tuple) and task.ticket[0] == "shard":
+                task.function(task.argument)
             return super().wait()
 
     prepare(FolderSource(str(folders)), tmp_path / "a", executor=Twice())

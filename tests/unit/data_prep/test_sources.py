@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from data_prep import archive, cli, sources
-from data_prep.feed import order_key
-from data_prep.settings import Settings
+from data_prep.order import order_key
+from data_prep.settings import PrepSettings
 from data_prep.sources.kinetics import KineticsSource
 from data_prep.sources.path_list import ListSource
 from data_prep.sources.ssv2 import Ssv2Source
@@ -28,8 +28,10 @@ needs_labels = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real annotation
 
 
 def kinetics_csv(path: Path) -> Path:
-    rows = [f'{label},{i},{10 * n},{10 * n + 10},val,0'
-            for n, (label, i) in enumerate(zip(["abseiling", '"air drumming"'] * 3, IDS, strict=True))]
+    rows = [
+        f"{label},{i},{10 * n},{10 * n + 10},val,0"
+        for n, (label, i) in enumerate(zip(["abseiling", '"air drumming"'] * 3, IDS, strict=True))
+    ]
     path.write_text("label,youtube_id,time_start,time_end,split,is_cc\n" + "\n".join(rows) + "\n")
     return path
 
@@ -51,10 +53,15 @@ def video(tmp: Path, seed: int) -> bytes:
 
 def test_kinetics_rows_find_their_videos_under_every_name(tmp_path: Path) -> None:
     videos = tmp_path / "v"
-    for name in ("air_drumming/abcdefghijk.mp4", "-_dash_star_000000_000010.mp4",
-                 "abseiling/ABCDEFGHIJK_000020_000030.mkv",
-                 "zz_zz_zz_zz_000099_000109.mp4", "replacement_for_corrupted/0123456789__x.mp4",
-                 "val/0123456789__000040_000050.mp4", "stranger.mp4"):
+    for name in (
+        "air_drumming/abcdefghijk.mp4",
+        "-_dash_star_000000_000010.mp4",
+        "abseiling/ABCDEFGHIJK_000020_000030.mkv",
+        "zz_zz_zz_zz_000099_000109.mp4",
+        "replacement_for_corrupted/0123456789__x.mp4",
+        "val/0123456789__000040_000050.mp4",
+        "stranger.mp4",
+    ):
         (videos / name).parent.mkdir(parents=True, exist_ok=True)
         (videos / name).write_text("x")
     listing = KineticsSource(str(kinetics_csv(tmp_path / "a.csv")), str(videos)).listing()
@@ -65,9 +72,13 @@ def test_kinetics_rows_find_their_videos_under_every_name(tmp_path: Path) -> Non
         "ABCDEFGHIJK_000020_000030": "abseiling/ABCDEFGHIJK_000020_000030.mkv",
         "zz_zz_zz_zz_000030_000040": "",  # the film is there, but another ten seconds of it
         "0123456789__000040_000050": "replacement_for_corrupted/0123456789__x.mp4",
-        "gonegonegon_000050_000060": ""}
-    assert sorted(listing.unnamed) == [
-        "stranger.mp4", "val/0123456789__000040_000050.mp4", "zz_zz_zz_zz_000099_000109.mp4"]
+        "gonegonegon_000050_000060": "",
+    }
+    assert sorted(listing.unlabelled) == [
+        "stranger.mp4",
+        "val/0123456789__000040_000050.mp4",
+        "zz_zz_zz_zz_000099_000109.mp4",
+    ]
     assert {i.class_name for i in listing.items} == {"air drumming", "abseiling"}
 
 
@@ -88,15 +99,17 @@ def archives(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_archives_give_the_same_bytes_after_any_stops(archives: Path, tmp_path: Path) -> None:
     source = KineticsSource(str(kinetics_csv(tmp_path / "a.csv")), str(archives))
-    settings = Settings(COPY.encoding, shard_count=2, window=2)
+    settings = PrepSettings(COPY.encoding, shard_count=2, window=2)
     first = prepare(source, tmp_path / "a", settings)
     assert first.counts == {"read": 6, "kept": 5, "rejected": 1, "reasons": {"missing_video": 1}}
     assert first.rejected[0].source_id == "gonegonegon_000050_000060"
     replaced = next(s for s in first.samples if s.source_id.startswith(IDS[1]))
     assert (tmp_path / "a" / first.shards[replaced.shard].url).read_bytes()[
-        replaced.offset:replaced.offset + replaced.size] == video(tmp_path, 77)
+        replaced.offset : replaced.offset + replaced.size
+    ] == video(tmp_path, 77)
     assert first.samples[0] == replaced, "the replacements come first"
     ran: list[Any] = []
     for attempt in range(50):
@@ -112,21 +125,25 @@ def test_archives_give_the_same_bytes_after_any_stops(archives: Path, tmp_path: 
     assert prepare(source, tmp_path / "c", settings, executor=InProcess(backwards=True)) == first
 
 
+@pytest.mark.slow
 def test_archives_are_shuffled_within_their_windows(archives: Path, tmp_path: Path) -> None:
     source = KineticsSource(str(kinetics_csv(tmp_path / "a.csv")), str(archives))
     came = {2: [0, 2], 10: [3, 4]}  # row 1 came before, with the replacements
     for window in (1, 100):
-        manifest = prepare(source, tmp_path / str(window), Settings(COPY.encoding, window=window, seed=1))
+        manifest = prepare(source, tmp_path / str(window), PrepSettings(COPY.encoding, window=window, seed=1))
         rows = [IDS.index(s.source_id[:11]) for s in manifest.samples]
-        shuffled = {part: sorted(ns, key=lambda n: order_key(1, f"{IDS[n]}_{10 * n:06d}_{10 * n + 10:06d}"))
-                    for part, ns in came.items()}
+        shuffled = {
+            part: sorted(ns, key=lambda n: order_key(1, f"{IDS[n]}_{10 * n:06d}_{10 * n + 10:06d}"))
+            for part, ns in came.items()
+        }
         assert shuffled != came
         assert rows == [1, *((came if window == 1 else shuffled)[2]), *((came if window == 1 else shuffled)[10])]
 
 
+@pytest.mark.slow
 def test_a_finished_archive_is_not_read_again(archives: Path, tmp_path: Path) -> None:
     source = KineticsSource(str(kinetics_csv(tmp_path / "a.csv")), str(archives))
-    settings = Settings(COPY.encoding, shard_count=2, window=2)
+    settings = PrepSettings(COPY.encoding, shard_count=2, window=2)
     first = prepare(source, tmp_path / "a", settings)
     (tmp_path / "a" / "manifest.json").unlink()
     for path in archives.iterdir():
@@ -146,20 +163,35 @@ def test_unsafe_members_are_refused(tmp_path: Path) -> None:
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     hard.type, hard.linkname = tarfile.LNKTYPE, "ok.mp4"
     device.type = tarfile.CHRTYPE
-    path = tar_of(tmp_path / "a.tar", [("/abs.mp4", b"1"), ("../up.mp4", b"2"), ("a/../../up.mp4", b"3"),
-                                       ("C:\\x.mp4", b"4"), ("ok.mp4", b"5")], [link, hard, device])
+    path = tar_of(
+        tmp_path / "a.tar",
+        [("/abs.mp4", b"1"), ("../up.mp4", b"2"), ("a/../../up.mp4", b"3"), ("C:\\x.mp4", b"4"), ("ok.mp4", b"5")],
+        [link, hard, device],
+    )
     found = {m.name: m.refusal or m.data for m in archive.members([str(path)], lambda _: True)}
-    assert found == {"/abs.mp4": "absolute path", "../up.mp4": "path with '..'", "a/../../up.mp4": "path with '..'",
-                     "C:\\x.mp4": "absolute path", "ok.mp4": b"5", "link.mp4": "link", "hard.mp4": "link",
-                     "device.mp4": "no regular file"}
+    assert found == {
+        "/abs.mp4": "absolute path",
+        "../up.mp4": "path with '..'",
+        "a/../../up.mp4": "path with '..'",
+        "C:\\x.mp4": "absolute path",
+        "ok.mp4": b"5",
+        "link.mp4": "link",
+        "hard.mp4": "link",
+        "device.mp4": "not a regular file",
+    }
 
 
 def ssv2_files(tmp: Path) -> dict[str, str]:
     (tmp / "labels.json").write_text(json.dumps({"Zoom something": "0", "Approach something": "1"}))
-    (tmp / "val.json").write_text(json.dumps([
-        {"id": "7", "label": "zoom a cup", "template": "Zoom [something]", "placeholders": ["a cup"]},
-        {"id": "11", "label": "approach a", "template": "Approach [something]", "placeholders": ["a"]},
-        {"id": "12", "label": "approach b", "template": "Approach [something]", "placeholders": ["b"]}]))
+    (tmp / "val.json").write_text(
+        json.dumps(
+            [
+                {"id": "7", "label": "zoom a cup", "template": "Zoom [something]", "placeholders": ["a cup"]},
+                {"id": "11", "label": "approach a", "template": "Approach [something]", "placeholders": ["a"]},
+                {"id": "12", "label": "approach b", "template": "Approach [something]", "placeholders": ["b"]},
+            ]
+        )
+    )
     return {"annotations": str(tmp / "val.json"), "labels": str(tmp / "labels.json"), "answers": ""}
 
 
@@ -171,8 +203,11 @@ def test_ssv2_classes_and_folder(tmp_path: Path) -> None:
     listing = Ssv2Source(videos=str(tmp_path / "v"), **fields).listing()
     assert listing.classes == ["Zoom something", "Approach something"]
     assert [(i.source_id, i.class_name, bool(i.url)) for i in listing.items] == [
-        ("7", "Zoom something", True), ("11", "Approach something", False), ("12", "Approach something", True)]
-    assert listing.unnamed == ["99.webm"]
+        ("7", "Zoom something", True),
+        ("11", "Approach something", False),
+        ("12", "Approach something", True),
+    ]
+    assert list(listing.unlabelled) == ["99.webm"]
     (tmp_path / "val.json").write_text('[{"id":"7"}]')
     with pytest.raises(DataError, match="--answers"):
         Ssv2Source(videos=str(tmp_path / "v"), **fields).listing()
@@ -181,22 +216,30 @@ def test_ssv2_classes_and_folder(tmp_path: Path) -> None:
     assert Ssv2Source(videos=str(tmp_path / "v"), **fields).listing().items[0].class_name == "Zoom something"
 
 
-@pytest.mark.parametrize(("kind", "option", "sampling"), [
-    ("ssv2", [], "uniform"), ("folder", [], "dense"), ("ssv2", ["--sampling", "dense"], "dense"),
-    ("folder", ["--sampling", "uniform"], "uniform")])
+@pytest.mark.parametrize(
+    ("kind", "option", "sampling"),
+    [
+        ("ssv2", [], "uniform"),
+        ("folder", [], "dense"),
+        ("ssv2", ["--sampling", "dense"], "dense"),
+        ("folder", ["--sampling", "uniform"], "uniform"),
+    ],
+)
 def test_the_source_says_how_its_videos_are_sampled(kind: str, option: list[str], sampling: str) -> None:
     files = ["--annotations", "a", "--labels", "b"] if kind == "ssv2" else []
     arguments = cli.parser().parse_args(["shard", kind, *files, "--videos", "v", "--out", "o", *option])
     assert cli.settings_from(arguments).sampling == sampling
 
 
+@pytest.mark.slow
 def test_ssv2_from_the_pieces_of_one_tar_gz(tmp_path: Path) -> None:
     fields = ssv2_files(tmp_path)
-    whole = tar_of(tmp_path / "all.tgz", [(f"20bn-something-something-v2/{n}.webm", video(tmp_path, n))
-                                          for n in (7, 12)]).read_bytes()
+    whole = tar_of(
+        tmp_path / "all.tgz", [(f"20bn-something-something-v2/{n}.webm", video(tmp_path, n)) for n in (7, 12)]
+    ).read_bytes()
     (tmp_path / "v").mkdir()
     for n, at in enumerate(range(0, len(whole), 700)):
-        (tmp_path / "v" / f"20bn-something-something-v2-{n:02d}").write_bytes(whole[at:at + 700])
+        (tmp_path / "v" / f"20bn-something-something-v2-{n:02d}").write_bytes(whole[at : at + 700])
     for videos in (tmp_path / "v", tmp_path / "v" / "20bn-something-something-v2-??"):
         source = Ssv2Source(videos=str(videos), **fields)
         assert len(source.listing().archives) == 1
@@ -210,9 +253,10 @@ def test_plain_lists(tmp_path: Path) -> None:
     index.write_text("a/with space.mp4 1\nb.mp4 11\n")
     (videos / "a").mkdir(parents=True)
     (videos / "a" / "with space.mp4").write_text("x")
-    listing = ListSource(str(index), str(videos), []).listing()
-    assert [(i.source_id, i.class_name) for i in listing.items] == [("a/with space.mp4", "1"), ("b.mp4", "11")]
-    assert listing.classes == [str(i) for i in range(12)]
+    names = [f"c{i}" for i in range(12)]
+    listing = ListSource(str(index), str(videos), names).listing()
+    assert [(i.source_id, i.class_name) for i in listing.items] == [("a/with space.mp4", "c1"), ("b.mp4", "c11")]
+    assert listing.classes == names
     with pytest.raises(DataError, match="class id 11"):
         ListSource(str(index), str(videos), ["x", "y"]).listing()
     index.write_text("a.mp4 1 2.5\n")
@@ -225,18 +269,29 @@ def test_a_source_is_made_again_from_its_description(tmp_path: Path) -> None:
         assert sources.build(json.loads(json.dumps(sources.spec(source)))) == source
 
 
+@pytest.mark.slow
 @needs_labels
 def test_the_real_annotation_files_against_an_almost_empty_folder(tmp_path: Path) -> None:
     started = time.monotonic()
     (tmp_path / "v").mkdir()
     (tmp_path / "v" / "0wR5jVB-WPk_000417_000427.mp4").write_bytes(video(tmp_path, 1))
     (tmp_path / "v" / "74225.webm").write_bytes(video(tmp_path, 2))
-    k400 = prepare(KineticsSource(str(REAL / "activitynet_kinetics/data/kinetics-400_val.csv"), str(tmp_path / "v")),
-                   tmp_path / "k400", COPY)
+    k400 = prepare(
+        KineticsSource(str(REAL / "activitynet_kinetics/data/kinetics-400_val.csv"), str(tmp_path / "v")),
+        tmp_path / "k400",
+        COPY,
+    )
     assert (k400.read, len(k400.samples), k400.counts["reasons"]) == (19_906, 1, {"missing_video": 19_905})
     assert k400.classes == (REAL / "label_map_k400.txt").read_text().split("\n")[:400]
-    ssv2 = prepare(Ssv2Source(str(REAL / "ssv2/something-something-v2-validation.json"),
-                              str(REAL / "ssv2/something-something-v2-labels.json"), str(tmp_path / "v"), ""),
-                   tmp_path / "ssv2", COPY)
+    ssv2 = prepare(
+        Ssv2Source(
+            str(REAL / "ssv2/something-something-v2-validation.json"),
+            str(REAL / "ssv2/something-something-v2-labels.json"),
+            str(tmp_path / "v"),
+            "",
+        ),
+        tmp_path / "ssv2",
+        COPY,
+    )
     assert (ssv2.read, len(ssv2.samples), len(ssv2.classes)) == (24_777, 1, 174)
     print(f"both in {time.monotonic() - started:.1f} s")

@@ -12,16 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vswin_dist.errors import CheckpointError, ConfigError
-from vswin_dist.models import (
-    LoadReport,
-    VideoSwin,
-    break_time_symmetry,
-    build_model,
-    export_state,
-    inflate,
-    load_pretrained,
-)
-from vswin_dist.models.tables import resize_table
+from vswin_dist.models import LoadReport, VideoSwin, break_time_symmetry, build_model, export_state, inflate, load_pretrained
+from vswin_dist.models.weights.bias_tables import resize_table
 
 SMALL: dict[str, Any] = {"embed_dim": 12, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 5}
 
@@ -56,7 +48,7 @@ def test_video_layouts_come_back(tmp_path: Path, layout: str, wrapper: str | Non
     x = torch.randn(1, 3, 4, 32, 32)
     assert torch.equal(other(x), model(x))
     assert "relative_position_bias_table" in str(report)
-    assert report.to_dict()["counts"]["taken"] == len(model.state_dict())
+    assert report.counts()["taken"] == len(model.state_dict())
 
 
 def test_safetensors_and_dry_run_on_meta(tmp_path: Path) -> None:
@@ -67,6 +59,12 @@ def test_safetensors_and_dry_run_on_meta(tmp_path: Path) -> None:
     assert actions(report) == {"taken": len(model.state_dict()) - 2, "fresh": 2}
     with pytest.raises(CheckpointError, match="meta device"):
         load_pretrained(model, tmp_path / "a.bin")
+
+
+def test_timm_layout_is_written_as_timm_names_it() -> None:
+    image = image_model()
+    found, expected = export_state(image, "timm2d"), to_timm(export_state(image, "microsoft2d"))
+    assert found.keys() == expected.keys() and all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 @pytest.mark.parametrize("timm", [False, True])
@@ -192,10 +190,127 @@ def test_what_lies_beside_the_weights_is_listed(tmp_path: Path) -> None:
     torch.save({"model": {**state, "epoch": 3}, "optimizer": {"state": {}}, "meta": "x"}, tmp_path / "a.pth")
     rows = load_pretrained(small(), tmp_path / "a.pth").rows
     assert {row.name: row.reason for row in rows if row.action == "dropped"} == {
-        "epoch": "int, no tensor", "optimizer": "dict beside the weights", "meta": "str beside the weights"}  # fmt: skip
+        "epoch": "int, not a tensor",
+        "optimizer": "dict beside the weights",
+        "meta": "str beside the weights",
+    }
     torch.save({"model": state, "state_dict": state}, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match="state_dict and model"):
         load_pretrained(small(), tmp_path / "a.pth")
+
+
+PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "module._orig_mod.",
+    "_orig_mod.module.",
+    "model.",
+    "model._orig_mod.",
+    "encoder.",
+    "model.encoder.",
+    "net.module.",
+    "_fsdp_wrapped_module.",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("layout", ["official", "torchvision", "native", "microsoft2d", "timm2d"])
+def test_what_training_puts_before_the_names_is_taken_off(tmp_path: Path, layout: str, prefix: str) -> None:
+    flat = layout in ("microsoft2d", "timm2d")
+    source = image_model() if flat else small()
+    state = export_state(source, "microsoft2d" if flat else layout)
+    state = to_timm(state) if layout == "timm2d" else state
+    plain, wrapped = small(), small()
+    torch.save(state, tmp_path / "plain.pth")
+    torch.save({"state_dict": {f"{prefix}{name}": tensor for name, tensor in state.items()}}, tmp_path / "wrapped.pth")
+    expected, report = load_pretrained(plain, tmp_path / "plain.pth"), load_pretrained(wrapped, tmp_path / "wrapped.pth")
+    assert (report.layout, report.rows) == (expected.layout, expected.rows) and report.layout == layout
+    heads = ("head.weight", "head.bias") if flat else ()
+    ours = wrapped.state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in plain.state_dict().items() if name not in heads)
+
+
+def test_parts_that_were_wrapped_or_held_apart_find_their_place(tmp_path: Path) -> None:
+    """A compiled backbone, activation checkpointing of a block, and a classifier beside the encoder."""
+    model, other = small(), small()
+    for rename in (
+        lambda name: name.replace("backbone.", "backbone._orig_mod."),
+        lambda name: name.replace(".blocks.1.", ".blocks.1._checkpoint_wrapped_module."),
+        lambda name: name.replace("backbone.", "encoder.").replace("cls_head.fc_cls.", "head."),
+    ):
+        torch.save({rename(name): tensor for name, tensor in export_state(model, "official").items()}, tmp_path / "a.pth")
+        assert load_pretrained(other, tmp_path / "a.pth").counts()["taken"] == len(model.state_dict())
+        assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_counters_are_dropped_and_listed(tmp_path: Path) -> None:
+    """Those of thop, of AveragedModel and of the like; never a weight of that name."""
+    state = {f"module.{name}": tensor for name, tensor in export_state(small(), "native").items()}
+    counters = {"n_averaged": torch.tensor(3), "module.total_ops": torch.zeros(1, dtype=torch.float64)}
+    counters |= {"module.layers.0.blocks.1.mlp.total_params": torch.zeros(1, dtype=torch.float64)}
+    torch.save(state | counters, tmp_path / "a.pth")
+    rows = load_pretrained(small(), tmp_path / "a.pth").rows
+    assert {row.name: row.reason for row in rows if row.action == "dropped"} == dict.fromkeys(
+        counters, "counter, not a weight"
+    )
+    torch.save(state | {"module.total_ops": torch.zeros(2)}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"total_ops \[2\]: the model has no such tensor"):
+        load_pretrained(small(), tmp_path / "a.pth")
+
+
+def copied(weights: dict[str, Tensor], average: dict[str, Tensor]) -> dict[str, Any]:
+    """How files hold an averaged copy beside the weights: timm, DeiT, torchvision, mmengine, Lightning modules."""
+    wrapped = {f"module.{name}": tensor for name, tensor in average.items()}
+    flat = {f"model.{name}": tensor for name, tensor in weights.items()}
+    return {
+        "timm": {"state_dict": weights, "state_dict_ema": average, "epoch": 3, "arch": "swin"},
+        "deit": {"model": weights, "model_ema": average, "optimizer": {"state": {}}},
+        "torchvision": {"model": weights, "model_ema": {"n_averaged": torch.tensor(9), **wrapped}, "lr_scheduler": {}},
+        "mmengine": {"state_dict": weights, "ema_state_dict": {"steps": torch.tensor(9), **wrapped}},
+        "flat": {"state_dict": flat | {f"ema_model.{name}": tensor for name, tensor in average.items()}},
+        "flat module": {"state_dict": flat | {f"ema.module.{name}": tensor for name, tensor in average.items()}},
+        "beside the bare weights": weights | {f"model_ema.{name}": tensor for name, tensor in average.items()},
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["native", "official"])
+@pytest.mark.parametrize("kind", copied({}, {}))
+def test_an_averaged_copy_is_taken_where_it_is_asked_for(tmp_path: Path, kind: str, layout: str) -> None:
+    weights, average = small(), small()
+    content = copied(export_state(weights, layout), export_state(average, layout))[kind]
+    torch.save(content, tmp_path / "a.pth")
+    for ema, source in ((False, weights), (True, average)):
+        model = small()
+        report = load_pretrained(model, tmp_path / "a.pth", ema=ema)
+        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in source.state_dict().items())
+        assert any(row.action == "dropped" for row in report.rows)
+        with torch.device("meta"):
+            shapes = small()
+        assert load_pretrained(shapes, tmp_path / "a.pth", ema=ema, dry_run=True).rows == report.rows
+
+
+def test_a_copy_is_neither_taken_unasked_nor_made_up(tmp_path: Path) -> None:
+    state, path = export_state(small(), "native"), tmp_path / "a.pth"
+    for content in ({"model_ema": state}, {"state_dict": {f"ema_model.{name}": tensor for name, tensor in state.items()}}):
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match=r"an EMA copy of weights under .*: model\.init_ema=true takes it"):
+            load_pretrained(small(), path)
+        assert load_pretrained(small(), path, ema=True).counts()["taken"] == len(state)
+    for content in (state, {"model": state}, {"model": state, "ema": {}}):
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match="holds no EMA copy of the weights"):
+            load_pretrained(small(), path, ema=True)
+    torch.save({"model_ema": state, "teacher": state}, path)
+    with pytest.raises(CheckpointError, match="under model_ema and teacher: save the one"):
+        load_pretrained(small(), path, ema=True)
+    torch.save({f"{who}.{name}": tensor for who in ("a", "b") for name, tensor in state.items()}, path)
+    with pytest.raises(CheckpointError, match=r"under a\.\* and b\.\*: save the one"):
+        load_pretrained(small(), path)
+    torch.save(state | {"module.norm.weight": state["norm.weight"]}, path)
+    with pytest.raises(CheckpointError, match=r"module\.norm\.weight \[24\]: a second tensor that means norm\.weight"):
+        load_pretrained(small(), path)
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
@@ -229,7 +344,7 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError):
             load_pretrained(small(), path)
     torch.save({"resnet.weight": torch.zeros(3)}, path)
-    with pytest.raises(CheckpointError, match="no known layout"):
+    with pytest.raises(CheckpointError, match="not a known layout"):
         load_pretrained(small(), path)
     torch.save({"epoch": 3}, path)
     with pytest.raises(CheckpointError, match="holds no tensors"):

@@ -9,8 +9,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from vswin_dist.errors import ConfigError
-from vswin_dist.models import VideoSwin, build_model, swin3d
-from vswin_dist.models.stochastic import drop_path_scale, dropout, mix, mix_int, sample_keys, uniform
+from vswin_dist.models import VideoSwin, build_model
+from vswin_dist.models.stochastic import drop_path_scale, dropout, sample_keys, splitmix64, splitmix64_int, uniform
+from vswin_dist.models.swin import model as swin_model
 
 TINY = {"embed_dim": 12, "depths": (2, 2), "num_heads": (2, 4), "window_size": (2, 4, 4), "num_classes": 5}
 DESIGNS = ("joint", "split", "factorized")
@@ -23,10 +24,10 @@ def clips(batch: int = 2) -> torch.Tensor:
 @pytest.mark.parametrize("design", DESIGNS)
 def test_settings_rebuild_the_model(design: str) -> None:
     model = build_model("swin_t", **TINY, attention_design=design, shift="spatial")
-    again = build_model(**json.loads(json.dumps(model.settings)))
-    assert again.settings == model.settings
-    again.load_state_dict(model.state_dict())
-    assert torch.equal(again.eval()(clips()), model.eval()(clips()))
+    rebuilt = build_model(**json.loads(json.dumps(model.settings)))
+    assert rebuilt.settings == model.settings
+    rebuilt.load_state_dict(model.state_dict())
+    assert torch.equal(rebuilt.eval()(clips()), model.eval()(clips()))
 
 
 @pytest.mark.parametrize(
@@ -88,13 +89,14 @@ def test_recomputation_changes_nothing(design: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(grads, results[0][1], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("design", "mode"), [("joint", "none"), ("split", "stage"), ("factorized", "selective")])
 def test_compiled_training_is_one_graph_and_the_same(design: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Captured and differentiated as for the compiler, which is left out for its time; a second step reuses the graph."""
     torch.compiler.reset()
     graphs = CompileCounterWithBackend("aot_eager")
     captured = torch.compile(VideoSwin._compute, dynamic=False, fullgraph=True, backend=graphs)
-    monkeypatch.setattr(swin3d, "_compiled", lambda: captured)
+    monkeypatch.setattr(swin_model, "_compiled", lambda: captured)
     settings = {**TINY, "depths": (2, 1), "attention_design": design, "drop_path_rate": 0.5}
     plain = build_model("swin_t", **settings)
     model = build_model("swin_t", **settings, gradient_checkpointing=mode, compile=True)
@@ -123,15 +125,15 @@ def test_masks_follow_the_sample_not_the_batch() -> None:
 
 
 def test_hash_is_splitmix64() -> None:
-    assert mix_int(0) == 0xE220A8397B1DCDAF - (1 << 64)  # first output of the published generator, seed 0
+    assert splitmix64_int(0) == 0xE220A8397B1DCDAF - (1 << 64)  # first output of the published generator, seed 0
     values = [0, 1, -1, 1 << 62, -(1 << 63)]
-    assert mix(torch.tensor(values)).tolist() == [mix_int(v) for v in values]
+    assert splitmix64(torch.tensor(values)).tolist() == [splitmix64_int(v) for v in values]
 
 
-def test_draws_are_uniform_and_distinct() -> None:
+def test_random_numbers_are_uniform_and_distinct() -> None:
     keys = sample_keys(0, 0, torch.arange(20000))
-    for place in range(3):
-        u = uniform(keys, place)
+    for position in range(3):
+        u = uniform(keys, position)
         assert u.min() >= 0.0 and u.max() < 1.0
         assert abs(u.mean().item() - 0.5) < 0.01
         assert abs(u.std().item() - 12**-0.5) < 0.01
@@ -144,6 +146,7 @@ def test_draws_are_uniform_and_distinct() -> None:
     assert abs(kept.mean(0) - 1.0).max() < 0.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(2, 8, 8), (1, 8, 8), (3, 9, 31)])
 @pytest.mark.parametrize("design", DESIGNS)
 def test_any_clip_and_bfloat16(size: tuple, design: str) -> None:

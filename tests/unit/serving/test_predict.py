@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vswin_dist.data.transforms import normalise
+from vswin_dist.data.transforms.normalise import normalise
+from vswin_dist.data.video.decode import Limits
 from vswin_dist.errors import CheckpointError, DataError
-from vswin_dist.serving.export import load_model
+from vswin_dist.models import VideoSwin
+from vswin_dist.models.weights.portable import load_model
 from vswin_dist.serving.predict import Predictor, file_views, load_predictor
 
 
@@ -40,12 +42,35 @@ def test_views_can_come_from_elsewhere(folder: str) -> None:
     model, card = load_model(folder)
     asked: list[str] = []
 
-    def views(video: str) -> Tensor:
-        asked.append(video)
+    def views(video: object) -> Tensor:
+        asked.append(str(video))
         return torch.zeros(1, 3, 4, 32, 32, dtype=torch.uint8)
 
     assert [p.video for p in Predictor(model, card, views=views).predict(["a", "b"])] == ["a", "b"]
     assert asked == ["a", "b"]
+
+
+def test_videos_scored_together_score_as_alone_and_have_features(folder: str, network: VideoSwin, video: str) -> None:
+    predictor = load_predictor(folder, clips=2, crops=1, batch=3)  # 6 views in two passes
+    views = [predictor.views(video), predictor.views(Path(video).read_bytes()).flip(2), predictor.views(video)]
+    scores, features = predictor.scores_and_features(views)
+    torch.testing.assert_close(scores, torch.stack([predictor.scores([v])[0] for v in views]))
+    torch.testing.assert_close(scores, predictor.scores(views))
+    data = predictor.card.data_settings()
+    with torch.no_grad():
+        maps = network.forward_features(normalise(torch.cat(views), data.mean, data.std, torch.float32))
+    torch.testing.assert_close(features, maps.mean((2, 3, 4)).view(3, 2, -1).mean(1))
+    assert (features[0] - features[1]).abs().max() > 1e-6 and torch.equal(features[0], features[2])
+
+
+def test_a_video_that_exceeds_the_limits_is_refused(folder: str, video: str) -> None:
+    for limits, why in (
+        (Limits(pixels=64 * 48 - 1), "frames of 64 x 48 have more than 3,071 pixels"),
+        (Limits(seconds=0), "0 s"),
+    ):
+        with pytest.raises(DataError, match=rf"clip\.mp4: .*{why}"):
+            load_predictor(folder, limits=limits).views(video)
+    assert load_predictor(folder, limits=Limits(60, 64 * 48)).views(video).shape[0] == 1
 
 
 def test_a_file_that_cannot_be_decoded_is_named(folder: str, tmp_path: Path) -> None:

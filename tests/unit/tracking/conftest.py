@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+
+from tests.support.mlflow_store import new_store
 
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The URI of one real sqlite store, made once: creating its tables takes two seconds."""
-    folder: Path = tmp_path_factory.mktemp("mlflow")
-    return f"sqlite:///{folder}/mlflow.db"
+    """The URI of one real sqlite store."""
+    return new_store(tmp_path_factory.mktemp("mlflow") / "mlflow.db")

@@ -11,19 +11,22 @@ import pytest
 from vswin_dist.tracking import provenance
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("s3://KEY:SECRET@bucket/a", "s3://bucket/a"),
-    ("postgresql+psycopg2://me:pw@db:5432/mlflow", "postgresql+psycopg2://db:5432/mlflow"),
-    ("https://host/a/b.tar?X-Amz-Signature=abc&x=1 and more", "https://host/a/b.tar and more"),
-    ("storage.secret_access_key: abc/def", "storage.secret_access_key: ***"),
-    ('{"api_key": "abc", "size": 1}', '{"api_key": ***, "size": 1}'),
-    ("my.password: with some words", "my.password: ***"),
-    ("export AWS_SESSION_TOKEN=abc", "export AWS_SESSION_TOKEN=***"),
-    ("key AKIAABCDEFGHIJKLMNOP here", "key *** here"),
-    ("data.train: s3://bucket/k400/train\nmodel.tokens: 5", "data.train: s3://bucket/k400/train\nmodel.tokens: 5"),
-    ("token:\n  size: 3", "token:\n  size: 3"),
-    ("models:/k400@champion", "models:/k400@champion"),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("s3://KEY:SECRET@bucket/a", "s3://bucket/a"),
+        ("postgresql+psycopg2://me:pw@db:5432/mlflow", "postgresql+psycopg2://db:5432/mlflow"),
+        ("https://host/a/b.tar?X-Amz-Signature=abc&x=1 and more", "https://host/a/b.tar and more"),
+        ("storage.secret_access_key: abc/def", "storage.secret_access_key: ***"),
+        ('{"api_key": "abc", "size": 1}', '{"api_key": ***, "size": 1}'),
+        ("my.password: with some words", "my.password: ***"),
+        ("export AWS_SESSION_TOKEN=abc", "export AWS_SESSION_TOKEN=***"),
+        ("key AKIAABCDEFGHIJKLMNOP here", "key *** here"),
+        ("data.train: s3://bucket/k400/train\nmodel.tokens: 5", "data.train: s3://bucket/k400/train\nmodel.tokens: 5"),
+        ("token:\n  size: 3", "token:\n  size: 3"),
+        ("models:/k400@champion", "models:/k400@champion"),
+    ],
+)
 def test_redact_takes_out_what_gives_access_and_nothing_else(text: str, expected: str) -> None:
     assert provenance.redact(text) == expected
 
@@ -41,7 +44,11 @@ def test_flatten_names_nested_fields_and_hides_secrets() -> None:
         url: str = "https://me:pw@host/x?sig=1"
 
     assert provenance.flatten(Whole()) == {
-        "part.sizes": "[2, 4]", "part.none": "null", "s3_secret": "***", "url": "https://host/x"}
+        "part.sizes": "[2, 4]",
+        "part.none": "null",
+        "s3_secret": "***",
+        "url": "https://host/x",
+    }
     nested = {"a": {"b": {"password": "x", "flag": True}}}
     assert provenance.flatten(nested) == {"a.b.password": "***", "a.b.flag": "true"}
 
@@ -53,8 +60,9 @@ def no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def git(folder: Path, *command: str) -> str:
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.com"]
-    return subprocess.run(["git", "-C", str(folder), *identity, *command], check=True, capture_output=True,
-                          text=True).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", str(folder), *identity, *command], check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def test_source_version_is_the_commit_passed_at_submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +118,9 @@ def test_package_versions_have_what_decides_results_and_no_environment(monkeypat
 
 
 def test_importing_tracking_imports_nothing_heavy() -> None:
-    code = ("import sys, vswin_dist.tracking; "
-            "print([m for m in ('mlflow', 'torch', 'ray', 'pandas', 'numpy') if m in sys.modules])")
+    code = (
+        "import sys, vswin_dist.tracking; "
+        "print([m for m in ('mlflow', 'torch', 'ray', 'pandas', 'numpy') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

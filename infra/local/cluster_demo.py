@@ -1,0 +1,189 @@
+"""`make cluster-demo`: the whole service on a cluster of several hosts of this machine, one of which is killed.
+
+Every step is a job that `ray job submit` sends from outside of the cluster, with an address, a token and a tracking URI.
+Only what a bucket holds before a project begins is put there by hand: rendered videos, and 2D weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from infra.local import hosts, motions, network, services
+from infra.local.trials import BUCKET, MODEL, Disturbance, Trial, bucket, compare, ending, fill_bucket, losses, prepare
+from vswin_dist.config import load_settings
+from vswin_dist.errors import WorkFailed, run_command
+
+SETTINGS = (
+    "training.epochs=4",
+    "optim.warmup_epochs=1",
+    "evaluation.every_epochs=4",
+    "training.checkpoint_every=5",
+    f"tracking.register_as={MODEL}",
+    f"storage.root={BUCKET}/runs",
+    f"data.train={BUCKET}/shards/train",
+    f"data.val={BUCKET}/shards/val",
+    f"model.init=models:/{MODEL}-inflated@champion",
+)
+ONE_VIEW = ("--clips", "1", "--crops", "1")
+
+
+def put_weights(trial: Trial) -> None:
+    """Put 2D weights into the bucket, as if published."""
+    from infra.local.stills import pretrain
+
+    with trial.step("2D weights into the bucket") as found:
+        settings = load_settings("demo", [f"data.train={bucket(trial) / 'shards/train'}"])
+        with open(bucket(trial) / "raw/train/index.csv", newline="") as file:
+            labels = {row["path"]: motions.SHAPES.index(row["shape"]) for row in csv.DictReader(file)}
+        accuracy = pretrain(settings, labels, 2, bucket(trial) / "raw/swin_nano_2d.pth")
+        found.append(f"{accuracy:.0f}% of still frames")
+
+
+def inflate(trial: Trial) -> None:
+    """Register a video model that starts from them."""
+    with trial.step("inflate") as found:
+        weights = ("--weights", f"{BUCKET}/raw/swin_nano_2d.pth", "--recipe", "demo")
+        output = trial.submit("python", "jobs/inflate.py", *weights, "--register", f"{MODEL}-inflated")
+        found.append(re.findall(r"registered (\S+)", output)[-1])
+
+
+def train(trial: Trial) -> None:
+    """Train on one host, and on two of which one is killed; the losses must be the same."""
+    job = ("python", "jobs/train.py", "--recipe", "demo", *SETTINGS)
+    with trial.step("train on one host") as found:
+        alone = trial.submit(*job, "run.name=one-host", "training.workers=1")
+        found.append(model_of(alone))
+    kill = Disturbance(trial.record, hosts.crash)
+    with trial.step("train on two hosts") as found:
+        together = trial.submit(*job, "run.name=two-hosts", "training.workers=2", meanwhile=kill)
+        kill.check()
+        resumed = re.findall(r"resumed from \S*step-0*(\d+)", together)
+        found.append(f"{model_of(together)}, {kill.host} killed at step {kill.reached}, resumed from {resumed[-1]}")
+        found.append(f"went on after {kill.stood_still_s:.0f} s")
+    apart = compare(losses(trial, alone), losses(trial, together))
+    trial.rows.append(("losses of both", "", f"differ by {apart:.1e} at most"))
+
+
+def model_of(output: str) -> str:
+    """Return the model that a training registered."""
+    return str(re.findall(r"^model +(\S+)", output, re.MULTILINE)[-1])
+
+
+def evaluate(trial: Trial) -> None:
+    """Score the new model on two hosts."""
+    with trial.step("evaluate") as found:
+        what = ("--model", f"models:/{MODEL}@candidate", "--data", f"{BUCKET}/shards/val", *ONE_VIEW)
+        where = ("--batch", "32", "--ranks", "2", "--storage-root", f"{BUCKET}/scores")
+        output = trial.submit("python", "jobs/evaluate.py", *what, *where)
+        found.append(f"top-1 {re.findall(r'top-?1[^0-9]*([0-9.]+)', output)[0]}%")
+
+
+def promote(trial: Trial) -> None:
+    """Make it champion, as good as the other is enough."""
+    with trial.step("promote") as found:
+        what = ("--data", f"{BUCKET}/shards/val", "--margin=-1", *ONE_VIEW, "--batch", "32")
+        output = trial.submit("python", "jobs/promote.py", MODEL, *what, "--storage-root", f"{BUCKET}/scores")
+        found += re.findall(r"^\S+ (?:is the champion now|stays the champion).*", output, re.MULTILINE)
+
+
+def predict(trial: Trial) -> None:
+    """Ask the champion for the class of a video."""
+    with trial.step("predict") as found:
+        video = next(iter(sorted((bucket(trial) / "raw/val/left").glob("*.mp4"))))
+        url = f"{BUCKET}/raw/val/left/{video.name}"
+        output = trial.submit("python", "jobs/predict.py", "--model", f"models:/{MODEL}@champion", *ONE_VIEW, url)
+        found.append(f"left: {' '.join(re.findall(r'([0-9.]+%) +(.+)', output)[0])}")
+
+
+def search_for_secrets(trial: Trial) -> None:
+    """Look for every secret in all that the cluster has written, said or been called with.
+
+    Raises:
+        WorkFailed: one stands somewhere; names the place.
+    """
+    with trial.step("search for secrets") as found:
+        made, record = services.all_secrets(trial.record), trial.record
+        secret = [made[name] for name in made if name not in ("mlflow_admin", "mlflow_user")]
+        kept = ("--exclude-dir=secrets", f"--exclude={hosts.client_file(record).name}", "--exclude=token")  # in mode 600
+        places = counts([], secret, *kept, str(record.folder))
+        for host in record.hosts.values():
+            if record.number is not None and record.runs(host.name):
+                places += counts(network.entered(record, host), secret, *kept, str(hosts.disk(record, host)))
+        url = hosts.client_environment(record)["RAY_API_SERVER_ADDRESS"] + "/api/jobs/"
+        said = {"the list of jobs": services.ask(url, token=made["ray_token"])[1].decode()} | command_lines()
+        places += [f"{name}:{sum(text in content for text in secret)}" for name, content in said.items()]
+        if wrong := [place for place in places if not place.endswith(":0")]:
+            raise WorkFailed(f"secrets stand in {', '.join(wrong)}")
+        found.append(f"none of {len(secret)} in {len(places):,} files, command lines and the list of jobs")
+
+
+def command_lines() -> dict[str, str]:
+    """Return the command lines of all processes of this machine."""
+    found = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            found[f"the command line of process {process.pid}"] = " ".join(process.cmdline())
+    return found
+
+
+def counts(enter: list[str], secret: list[str], *arguments: str) -> list[str]:
+    """Return FILE:LINES for every file below a folder, with the number of its lines that hold a secret."""
+    command = [*enter, "grep", "--recursive", "--count", "--text", "--fixed-strings", "--file=-", *arguments]
+    done = subprocess.run(command, input="\n".join(secret), capture_output=True, text=True, errors="replace")
+    return done.stdout.splitlines()
+
+
+STEPS: tuple[Callable[[Trial], None], ...] = (
+    fill_bucket,
+    prepare,
+    put_weights,
+    inflate,
+    train,
+    evaluate,
+    promote,
+    predict,
+    search_for_secrets,
+)
+
+
+def run(folder: Path, nodes: int) -> int:
+    """Start a cluster, take the steps, end the cluster, and print the table."""
+    began = time.monotonic()
+    record = hosts.up(folder, nodes, 1)
+    trial = Trial(record)
+    trial.rows.append(("start the cluster", f"{time.monotonic() - began:.0f}", f"{len(record.hosts)} hosts and 3 services"))
+    with ending(trial, began):
+        try:
+            for step in STEPS:
+                step(trial)
+        except BaseException:
+            print(hosts.status(record), file=sys.stderr, flush=True)
+            raise
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path(f"{hosts.FOLDER}-demo"), help="of its cluster (%(default)s)")
+    parser.add_argument("--nodes", type=int, default=3, metavar="N", help="workers, three or more (%(default)s)")
+    args = parser.parse_args()
+    if args.nodes < 3:
+        parser.error(f"--nodes={args.nodes}: two train and one takes the place of the one that is killed")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, hosts.stop)
+    return run(args.folder.absolute(), args.nodes)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,1 @@
+"""Speed and memory beside peers, measured in one process and taking turns; `python jobs/benchmark.py` runs them."""

@@ -1,0 +1,283 @@
+"""Run ranks on a Ray cluster, on as many of its machines as it has room for. The only module here that imports Ray Train."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from vswin_dist import local_files, storage
+from vswin_dist.device import STEPS_LEFT, Rank, place_sockets
+from vswin_dist.errors import PreflightError, RanksFailed, heed_interrupts
+
+os.environ["HOME"] = str(local_files.user_home())  # Ray asks for a home folder, from its import on; its processes inherit it
+
+import ray
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointUploadMode,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    get_context,
+)
+from ray.train import report as ray_report
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
+from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
+from ray.util.metrics import Counter, Gauge
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+T = TypeVar("T")
+
+# Ray Train hands these on to the ranks. The first bounds how late a dead rank is seen; without the second, what a rank
+# prints appears twice.
+WORKER_ENV = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for each start of the ranks, whose notices nothing here reads
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the ranks of a Ray Train job get."""
+
+    world_sizes: tuple[int, ...]  # numbers of ranks that it may run on, ascending; the cluster's room decides between them
+    use_gpu: bool
+    cpus_per_worker: float
+    max_failures: int
+    timeout_s: int = 1800  # of a collective
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the Ray cluster of `RAY_ADDRESS` or of this job; without one, start Ray on this machine, and end it."""
+    os.environ.update(WORKER_ENV)
+    mine = not ray.is_initialized()
+    if mine:
+        # A dashboard that does not come up stops nothing; where TMPDIR is too long for it, Ray would wait for it in vain.
+        address = os.environ.get("RAY_ADDRESS", "local")
+        dashboard = False if address == "local" and not place_sockets() else None
+        ray.init(address=address, log_to_driver=True, include_dashboard=dashboard)
+        # `ray job stop` and batch systems send SIGTERM. Ray's handler of it aborts the process; that of SIGINT is orderly.
+        heed_interrupts()
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def check_resources(resources: Resources, setting: str) -> None:
+    """Refuse more ranks, as `setting` says, than an idle cluster has room for.
+
+    Raises:
+        PreflightError: fewer CPUs or GPUs than asked for; names `setting`.
+    """
+    have = ray.cluster_resources()
+    for kind, amount in _needed(resources).items():
+        if have.get(kind, 0) < amount:
+            raise PreflightError(
+                f"{setting}={resources.world_sizes[0]} needs {amount:g} {kind}s, the Ray cluster has "
+                f"{have.get(kind, 0):g}. Lower {setting}, or add nodes."
+            )
+
+
+def _needed(resources: Resources) -> dict[str, float]:
+    least = resources.world_sizes[0]
+    return {"CPU": least * resources.cpus_per_worker} | ({"GPU": float(least)} if resources.use_gpu else {})
+
+
+def room(resources: Resources) -> int:
+    """Count the jobs of this size that an idle cluster has room for at a time, at least one."""
+    have = ray.cluster_resources()
+    return max(1, min(int(have.get(kind, 0) // amount) for kind, amount in _needed(resources).items()))
+
+
+def address() -> str:
+    """Return what `RAY_ADDRESS` must be for another driver to join the cluster that this one has joined."""
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def on_every_node(function: Callable[..., T], *args: Any, timeout_s: float = 120) -> list[tuple[T, float, float]]:
+    """Call `function(*args)` on each node that can hold ranks; its results with the times of sending and of receiving.
+
+    Raises:
+        PreflightError: a node does not answer in time, or cannot import the function; names it.
+    """
+    called = []
+    for node in ray.nodes():
+        if node["Alive"] and (node["Resources"].get("CPU") or node["Resources"].get("GPU")):
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            remote = ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=there)
+            called.append((node["NodeManagerAddress"], time.time(), remote.remote(*args)))
+    found = []
+    for address, sent, reference in called:
+        try:
+            found.append((ray.get(reference, timeout=timeout_s), sent, time.time()))
+        except ray.exceptions.RayError as error:
+            cause = str(error).strip().splitlines() or [type(error).__name__]
+            raise PreflightError(f"the node {address} does not answer, or not as it should: {cause[-1]}") from error
+    return found
+
+
+class FittingWorldSizes(ElasticScalingPolicy):
+    """Take the largest of `world_sizes` that the cluster has room for, and grow just after a checkpoint was saved.
+
+    When ranks are lost, Ray restarts the job, and asks for its size then.
+    """
+
+    def __init__(self, scaling_config: ScalingConfig, world_sizes: Sequence[int]) -> None:
+        super().__init__(scaling_config)
+        self.world_sizes = sorted(world_sizes)
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        # What is reserved is looked at every 20 s; ranks asked of a node that died since are waited for in vain.
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        room = super()._count_possible_workers({n: r for n, r in reserved_resources.items() if n in alive})
+        return max((size for size in self.world_sizes if size <= room), default=0)
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
+    ) -> ScalingDecision:
+        """Another size where a rank has just reported a checkpoint and steps are left; else none.
+
+        What is redone are the steps since that checkpoint: those for which it was written in the background.
+        """
+        self._maybe_send_resource_request()
+        reports = [s.training_report for s in worker_group_status.worker_statuses.values() if s.training_report]
+        reserved = self._get_reserved_resources()
+        if reserved is None or not any(r.checkpoint and r.metrics.get(STEPS_LEFT, 0) for r in reports):
+            return NoopDecision()
+        size = self._count_possible_workers(reserved)
+        return self._get_resize_decision(size) if size > worker_group_state.num_workers else NoopDecision()
+
+
+class FittingTrainer(TorchTrainer):
+    """`TorchTrainer` that runs on one of `world_sizes` where its `ScalingConfig` gives a range of workers.
+
+    It starts no process for Ray's datasets, of which there are none.
+    """
+
+    def __init__(self, *args: Any, world_sizes: Sequence[int], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.world_sizes = world_sizes
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, DatasetsCallback)]
+
+    def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
+        if self.scaling_config.elasticity_enabled:
+            kwargs["scaling_policy"] = FittingWorldSizes(self.scaling_config, self.world_sizes)
+        return super()._initialize_and_run_controller(**kwargs)
+
+
+def run_ranks(
+    worker: Callable[[dict[str, Any]], None], config: dict[str, Any], resources: Resources, name: str, root: str
+) -> dict[str, Any]:
+    """Run `worker(config)` on every rank with torch.distributed up; returns the metrics that were reported last.
+
+    Args:
+        worker: a function of an importable module.
+        root: URL where Ray keeps its own small state; every node must reach it.
+
+    Raises:
+        RanksFailed: a rank failed more often than allowed, or Ray's head is gone. KeyboardInterrupt: the job was stopped.
+    """
+    least, most = resources.world_sizes[0], resources.world_sizes[-1]
+    path, filesystem = _ray_storage(storage.join(root, "ray"))
+    each = {"CPU": resources.cpus_per_worker} | ({"GPU": 1} if resources.use_gpu else {})
+    trainer = FittingTrainer(
+        worker,
+        train_loop_config=config,
+        world_sizes=resources.world_sizes,
+        scaling_config=ScalingConfig(
+            num_workers=(least, most) if least < most else most, use_gpu=resources.use_gpu, resources_per_worker=each
+        ),
+        torch_config=TorchConfig(backend=None, timeout_s=resources.timeout_s),
+        run_config=RunConfig(
+            name=f"{name}-{uuid.uuid4().hex[:8]}",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            failure_config=FailureConfig(max_failures=resources.max_failures),
+        ),
+    )
+    try:
+        return dict(trainer.fit().metrics or {})
+    except SystemExit as stop:  # how Ray answers SIGINT, with exit code 0
+        raise KeyboardInterrupt from stop
+    except Exception as error:
+        cause = str(error).strip().splitlines() or [type(error).__name__]
+        # What fails within ranks is no error of an actor here: that is the controller, whose node or head is gone.
+        away = isinstance(error, ray.exceptions.RayActorError)
+        what = "Ray's head, or the node of its training controller, does not answer" if away else "a worker failed"
+        raise RanksFailed(f"{name}: {what}: {cause[-1]} (full trace above)") from error
+
+
+def _ray_storage(url: str) -> tuple[str, Any]:
+    """(path, pyarrow file system or None) for Ray: its own S3 client fails against other endpoints than AWS."""
+    if storage.is_local(url):
+        return url, None
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    filesystem, path = storage.filesystem(url)
+    return path, PyFileSystem(FSSpecHandler(filesystem))
+
+
+def this_rank() -> Rank:
+    """Return the calling Ray Train worker's rank, world size and device."""
+    context = get_context()
+    device = get_device()
+    if device.type == "cpu":
+        threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+        torch.set_num_threads(max(threads, 1))
+    return Rank(context.get_world_rank(), context.get_world_size(), device)
+
+
+def local_rank() -> int:
+    """Return the calling worker's rank on its machine."""
+    return int(get_context().get_local_rank())
+
+
+def gauge(name: str, text: str, tags: dict[str, str]) -> Callable[[float], None]:
+    """Make a gauge that Prometheus finds as `ray_NAME` at this node's agent; returns what sets it."""
+    set_value: Callable[[float], None] = Gauge(name, text, tuple(tags)).set_default_tags(tags).set
+    return set_value
+
+
+def counter(name: str, text: str, tags: dict[str, str]) -> Callable[[float], None]:
+    """Make a counter that Prometheus finds as `ray_NAME_total` at this node's agent; returns what adds to it."""
+    add: Callable[[float], None] = Counter(name, text, tuple(tags)).set_default_tags(tags).inc
+    return add
+
+
+def report(metrics: dict[str, Any], checkpoint_url: str | None) -> None:
+    """Tell Ray of a checkpoint, which its own only names; every rank calls it. Ray keeps metrics only beside one.
+
+    Ray writes its own in the background, after those that were reported before.
+    """
+    if checkpoint_url is None:
+        ray_report(metrics, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
+        return
+    folder = Path(tempfile.mkdtemp())
+    (folder / "portable_checkpoint.txt").write_text(checkpoint_url)
+    ray_report(
+        metrics,
+        checkpoint=Checkpoint.from_directory(folder),
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        delete_local_checkpoint_after_upload=True,
+    )

@@ -1,0 +1,1 @@
+"""The network: Video Swin Transformer (arXiv 2106.13230)."""
