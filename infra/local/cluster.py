@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -16,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,17 +26,26 @@ from typing import Any
 import psutil
 
 START_TIMEOUT_S = 120
+OBJECT_STORE_BYTES = 256 << 20
+STARTS = 3  # of a head whose port somebody took between the look for a free one and the start
+# Above those that Ray gives its workers, below those that the system gives to connections: Ray listens on a port seconds
+# after it was looked for, and a head that finds one of its own taken ends a while after it has answered.
+PORTS = range(20_000, 32_768)
 HEAD_GRACE_S = 4  # its jobs have ended: nothing is written any more, and by itself it takes 10 to 20 s
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports of the loopback address that nothing listens on now, all different."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
+def free_ports(count: int, among: Sequence[int] = PORTS) -> list[int]:
+    """Return TCP ports that nothing listens on now at any address, all different; at random, since others look too."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.SystemRandom().choice(among)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what was closed lately is free
+            with contextlib.suppress(OSError):
+                probe.bind(("", port))
+                found += [port] if port not in found else []
+    return found
 
 
 def end_process(process: subprocess.Popen[Any], grace_s: float = 20) -> None:
@@ -101,58 +110,88 @@ def local_cluster(cpus: int, env: dict[str, str] | None = None) -> Iterator[Clus
     Raises:
         RuntimeError: it did not come up; the message holds the end of its log.
     """
-    folder = Path(tempfile.mkdtemp(prefix="vswin-ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))  # noqa: S108
-    log = folder / "head.log"
-    port, dashboard, agent, grpc, client = free_ports(5)
-    command = [
+    for attempt in range(STARTS):
+        try:
+            head = _Head(cpus, env or {})
+            break
+        except RuntimeError:
+            if attempt == STARTS - 1:
+                raise
+    try:
+        yield head.cluster
+    finally:
+        head.end()
+
+
+class _Head:
+    """The processes of a head, which answers."""
+
+    def __init__(self, cpus: int, env: Mapping[str, str]) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="vswin-ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))  # noqa: S108
+        log = self.folder / "head.log"
+        gcs, dashboard, agent, grpc, client = free_ports(5)
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # nobody else's jobs run here
+        self.cluster = Cluster(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", token)
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # jobs run this same Python
+        with open(log, "wb") as output:
+            self.process = subprocess.Popen(
+                [
+                    *start_command(cpus, agent, grpc),
+                    "--head",
+                    f"--port={gcs}",
+                    f"--dashboard-port={dashboard}",
+                    f"--ray-client-server-port={client}",
+                    "--include-dashboard=true",
+                    "--dashboard-host=127.0.0.1",
+                    f"--temp-dir={self.folder}",
+                ],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, **env, "PATH": path, **token},
+            )
+        try:
+            _wait_until_up(self.cluster, agent, self.process, log)
+        except BaseException:
+            self.end()
+            raise
+
+    def end(self) -> None:
+        """End all of it, and remove its folder."""
+        end_process(self.process, HEAD_GRACE_S)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def start_command(cpus: int, agent: int, grpc: int) -> list[str]:
+    """Return the command that starts a node of Ray on this machine, its agent on the ports `agent` and `grpc`.
+
+    It is a head with --head, and with --address one of a head's.
+    """
+    return [
         RAY,
         "start",
-        "--head",
         "--block",
         "--disable-usage-stats",
         "--node-ip-address=127.0.0.1",
-        f"--port={port}",
-        f"--dashboard-port={dashboard}",
+        f"--num-cpus={cpus}",
+        f"--object-store-memory={OBJECT_STORE_BYTES}",
         f"--dashboard-agent-listen-port={agent}",
         f"--dashboard-agent-grpc-port={grpc}",
-        f"--ray-client-server-port={client}",
-        "--include-dashboard=true",
-        "--dashboard-host=127.0.0.1",
-        f"--num-cpus={cpus}",
-        f"--object-store-memory={256 << 20}",
-        f"--temp-dir={folder}",
+        "--min-worker-port=0",  # the system's choice: two nodes of a machine would look through the same ones
+        "--max-worker-port=0",
     ]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # jobs run this same Python
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # nobody else's jobs run here
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, **(env or {}), "PATH": path, **token},
-        )
-    try:
-        url = f"http://127.0.0.1:{dashboard}"
-        _wait_until_up(f"{url}/api/jobs/", process, log)
-        yield Cluster(url, f"127.0.0.1:{port}", token)
-    finally:
-        end_process(process, HEAD_GRACE_S)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_up(cluster: Cluster, agent: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait for the job server, and for the agent that runs its jobs: where that cannot start, all of the head ends."""
     deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        try:
-            with urllib.request.urlopen(url, timeout=2):  # noqa: S310
+    headers = {"Authorization": f"Bearer {cluster.env['RAY_AUTH_TOKEN']}"}
+    to_answer = [f"http://127.0.0.1:{agent}/api/local_raylet_healthz", f"{cluster.dashboard}/api/jobs/"]
+    while process.poll() is None and time.monotonic() < deadline:
+        request = urllib.request.Request(to_answer[-1], headers=headers)  # noqa: S310
+        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5):  # noqa: S310
+            to_answer.pop()
+            if not to_answer:
                 return
-        except urllib.error.HTTPError as error:
-            if error.code == 401:  # it answers, and wants the token
-                return
-        except OSError:
-            pass
-        time.sleep(0.5)
+        time.sleep(0.2)
     raise RuntimeError(f"Ray did not start within {START_TIMEOUT_S} s:\n{log.read_text(errors='replace')[-2000:]}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from infra.local.cluster import RAY, Cluster, end_process, free_ports, local_cluster
+from infra.local.cluster import Cluster, end_process, free_ports, local_cluster, start_command
 from tests.support import trainers
 from tests.support.drill import Drill, record
 from tests.support.line import SMALL, Line
@@ -37,9 +37,7 @@ def node(cluster: Cluster, cpus: int, log: Path) -> Iterator[None]:
 
     def launch() -> subprocess.Popen[bytes]:
         agent, grpc = free_ports(2)
-        command = [RAY, "start", "--address", cluster.address, "--block", "--disable-usage-stats"]
-        command += ["--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", f"--object-store-memory={128 << 20}"]
-        command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={grpc}"]
+        command = [*start_command(cpus, agent, grpc), f"--address={cluster.address}"]
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import ray
 from botocore.exceptions import ClientError
 
 from infra.local import hosts, network, services
+from infra.local.cluster import free_ports
 from infra.local.record import FILE, Host, Record, marked, read, started, wait_until
 from tests.support.commands import ROOT
 from vswin_dist.errors import DataError, PreflightError
@@ -303,6 +305,16 @@ def test_a_host_is_told_all_and_a_client_little(tmp_path: Path) -> None:
     assert [secret for secret in hidden if secret in client] == [made["mlflow_password"]]
     assert "RAY_API_SERVER_ADDRESS=http://10.77.7.1:8265" in client
     assert not [secret for secret in hidden if secret in (tmp_path / FILE).read_text()]
+
+
+def test_free_ports_are_none_of_the_systems_nor_of_rays_workers_nor_taken_at_any_address() -> None:
+    """Ray listens on them seconds later, when anybody's connection could have been given a port of the system's."""
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    ports = free_ports(50)
+    assert len(set(ports)) == 50
+    assert not [port for port in ports if low <= port <= high or 10_002 <= port <= 19_999]
+    with socket.create_server(("127.0.0.2", ports[0])):
+        assert free_ports(1, ports[:2]) == [ports[1]]
 
 
 @pytest.mark.slow
