@@ -7,22 +7,19 @@ Only what a bucket holds before a project begins is put there by hand: rendered 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
-
 from infra.local import hosts, motions, network, services
+from infra.local.secret_search import SecretSearch
 from infra.local.trials import BUCKET, MODEL, Disturbance, Trial, bucket, compare, ending, fill_bucket, losses, prepare
 from vswin_dist.config import load_settings
-from vswin_dist.errors import WorkFailed, run_command
+from vswin_dist.errors import run_command
 
 SETTINGS = (
     "training.epochs=4",
@@ -113,35 +110,16 @@ def search_for_secrets(trial: Trial) -> None:
         WorkFailed: one stands somewhere; names the place.
     """
     with trial.step("search for secrets") as found:
-        made, record = services.all_secrets(trial.record), trial.record
-        secret = [made[name] for name in made if name not in ("mlflow_admin", "mlflow_user")]
-        kept = ("--exclude-dir=secrets", f"--exclude={hosts.client_file(record).name}", "--exclude=token")  # in mode 600
-        places = counts([], secret, *kept, str(record.folder))
+        record, search = trial.record, SecretSearch.of(trial.record)
+        kept = ("secrets/", hosts.client_file(record).name, "token")  # in mode 600
+        search.below(record.folder, *kept)
         for host in record.hosts.values():
             if record.number is not None and record.runs(host.name):
-                places += counts(network.entered(record, host), secret, *kept, str(hosts.disk(record, host)))
+                search.below(hosts.disk(record, host), *kept, enter=network.entered(record, host))
         url = hosts.client_environment(record)["RAY_API_SERVER_ADDRESS"] + "/api/jobs/"
-        said = {"the list of jobs": services.ask(url, token=made["ray_token"])[1].decode()} | command_lines()
-        places += [f"{name}:{sum(text in content for text in secret)}" for name, content in said.items()]
-        if wrong := [place for place in places if not place.endswith(":0")]:
-            raise WorkFailed(f"secrets stand in {', '.join(wrong)}")
-        found.append(f"none of {len(secret)} in {len(places):,} files, command lines and the list of jobs")
-
-
-def command_lines() -> dict[str, str]:
-    """Return the command lines of all processes of this machine."""
-    found = {}
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            found[f"the command line of process {process.pid}"] = " ".join(process.cmdline())
-    return found
-
-
-def counts(enter: list[str], secret: list[str], *arguments: str) -> list[str]:
-    """Return FILE:LINES for every file below a folder, with the number of its lines that hold a secret."""
-    command = [*enter, "grep", "--recursive", "--count", "--text", "--fixed-strings", "--file=-", *arguments]
-    done = subprocess.run(command, input="\n".join(secret), capture_output=True, text=True, errors="replace")
-    return done.stdout.splitlines()
+        search.text("the list of jobs", services.ask(url, token=services.all_secrets(record)["ray_token"])[1].decode())
+        search.command_lines()
+        found.append(search.check())
 
 
 STEPS: tuple[Callable[[Trial], None], ...] = (

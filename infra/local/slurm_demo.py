@@ -19,10 +19,10 @@ from pathlib import Path
 
 import psutil
 
-from infra.local import hosts, services, slurm
-from infra.local.cluster_demo import command_lines, counts
+from infra.local import hosts, slurm
 from infra.local.network import entered
 from infra.local.record import Record, wait_until
+from infra.local.secret_search import SecretSearch
 from infra.local.trials import (
     BUCKET,
     MODEL,
@@ -178,7 +178,10 @@ class Limit:
 
     trial: SlurmTrial
     reached: int = 0  # step at which it was set
-    found: list[str] = field(default_factory=list)  # places with secrets, of what all users of a cluster can see
+    search: SecretSearch = field(init=False)  # through what all users of a cluster can see
+
+    def __post_init__(self) -> None:
+        self.search = SecretSearch.of(self.trial.record)
 
     def __call__(self, line: str) -> None:
         """Look at a line of the training's output."""
@@ -192,15 +195,8 @@ class Limit:
         limit = math.ceil((hours * 3600 + minutes * 60 + seconds + WARNING_S) / 60)
         print(f"--- the time limit is {limit} minutes", flush=True)
         slurm.call(record, "scontrol", "update", f"JobId={number}", f"TimeLimit={limit}")
-        said = {"the job's listing": slurm.call(record, "scontrol", "show", "job", "--details", number)} | command_lines()
-        made = secret(record)
-        self.found = [place for place, text in said.items() if any(one in text for one in made)]
-
-
-def secret(record: Record) -> list[str]:
-    """Return all that is secret, but for what is made for each job."""
-    made = services.all_secrets(record)
-    return [made[name] for name in made if name not in ("mlflow_admin", "mlflow_user")]
+        self.search.text("the job's listing", slurm.call(record, "scontrol", "show", "job", "--details", number))
+        self.search.command_lines()
 
 
 def prepare(trial: SlurmTrial) -> None:
@@ -234,8 +230,7 @@ def train_to_limit(trial: SlurmTrial, alone: dict[int, float]) -> None:
         found += [*went_on(trial.job, "told to stop: later"), freed(trial.job)]
         told, ended = trial.job.when("told to stop: later")[0], trial.job.when("the job ended with 130")[0]
         found.append(f"checkpoint and end {ended - told:.0f} s after the signal")
-    if limit.found:
-        raise WorkFailed(f"secrets stand in {', '.join(limit.found)}")
+    trial.rows.append(("secrets that other users see", "", limit.search.check()))
     trial.rows.append(("its losses", "", f"differ by {compare(alone, limited):.1e} at most"))
 
 
@@ -293,15 +288,12 @@ def search_for_secrets(trial: SlurmTrial) -> None:
         WorkFailed: one stands somewhere; names the place.
     """
     with trial.step("search for secrets") as found:
-        kept = ("--exclude=credentials", "--exclude=munge.key")  # in mode 600
-        places = []
+        search = SecretSearch.of(trial.record)
         for host in trial.record.hosts.values():
             if trial.record.runs(host.name):
-                enter, own = entered(trial.record, host), str(hosts.disk(trial.record, host))
-                places += counts(enter, secret(trial.record), *kept, own)
-        if wrong := [place for place in places if not place.endswith(":0")]:
-            raise WorkFailed(f"secrets stand in {', '.join(wrong)}")
-        found.append(f"none in {len(places)} files of the hosts, in the job's listing, on a command line")
+                kept = ("credentials", "munge.key")  # in mode 600
+                search.below(hosts.disk(trial.record, host), *kept, enter=entered(trial.record, host))
+        found.append(search.check())
 
 
 def run(folder: Path, nodes: int, epochs: int) -> int:

@@ -22,8 +22,9 @@ from pathlib import Path
 
 from infra.local import hosts, services
 from infra.local.cluster import free_ports, run_shown
-from infra.local.cluster_demo import counts, inflate, model_of, put_weights
+from infra.local.cluster_demo import inflate, model_of, put_weights
 from infra.local.record import Record, marked, read
+from infra.local.secret_search import SecretSearch
 from infra.local.trials import BUCKET, MODEL, REPOSITORY, Trial, bucket, fill_bucket, prepare
 from vswin_dist.errors import WorkFailed, run_command
 from vswin_dist.tracking.provenance import source_version
@@ -199,12 +200,9 @@ def search_for_secrets(desk: Trial) -> None:
         WorkFailed: one stands somewhere; names the place.
     """
     with desk.step("search for secrets") as found:
-        made = services.all_secrets(desk.record)
-        secret = [made[name] for name in made if name not in ("mlflow_admin", "mlflow_user")]
-        places = counts([], secret, "--exclude-dir=secrets", "--exclude-dir=postgres", str(desk.record.folder))
-        if wrong := [place for place in places if not place.endswith(":0")]:
-            raise WorkFailed(f"secrets stand in {', '.join(wrong)}")
-        found.append(f"none of {len(secret)} in {len(places):,} files")
+        search = SecretSearch.of(desk.record)
+        search.below(desk.record.folder, "secrets/", "postgres/")
+        found.append(search.check())
 
 
 STEPS: tuple[Callable[[Trial], None], ...] = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from infra.local import hosts, services
-from infra.local.cluster_demo import command_lines, counts
 from infra.local.record import Host, Record, wait_until
+from infra.local.secret_search import SecretSearch
 from infra.local.tracking_demo import user_environment
 from infra.local.trials import Disturbance, compare, ranks_on
 from vswin_dist.errors import WorkFailed
@@ -60,15 +61,25 @@ def test_losses_are_the_same_or_it_is_said() -> None:
 
 
 def test_a_secret_that_stands_somewhere_is_found(tmp_path: Path) -> None:
-    secret = ["a-marked-secret", "another+one"]
     (tmp_path / "log").mkdir()
     (tmp_path / "log/worker.log").write_text("a line\nkey=a-marked-secret\n")
     (tmp_path / "blob").write_bytes(b"\0\xff another+one \0")
     (tmp_path / "token").write_text("a-marked-secret")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/key").write_text("a-marked-secret")
     (tmp_path / "clean").write_text("a-marked- secret")
-    found = counts([], secret, "--exclude=token", str(tmp_path))
-    assert sorted(found) == [f"{tmp_path}/blob:1", f"{tmp_path}/clean:0", f"{tmp_path}/log/worker.log:1"]
-    assert any("pytest" in line for line in command_lines().values())
+    search = SecretSearch(["a-marked-secret", "another+one"])
+    search.below(tmp_path, "token", "kept/")
+    assert search.places == 3 and sorted(search.wrong) == [f"{tmp_path}/blob", f"{tmp_path}/log/worker.log"]
+    search.text("an answer", "{'key': 'another+one'}")
+    search.text("a clean answer", "{'key': '***'}")
+    assert search.places == 5 and search.wrong[-1] == "an answer"
+    with subprocess.Popen([sys.executable, "-c", "input()", "a-marked-secret"], stdin=subprocess.PIPE) as process:
+        search.command_lines()
+        process.communicate(b"\n")
+    assert f"the command line of process {process.pid}" in search.wrong
+    with pytest.raises(WorkFailed, match="secrets stand in"):
+        search.check()
 
 
 def test_a_user_is_given_no_secret_but_an_account_and_keys(tmp_path: Path) -> None:
