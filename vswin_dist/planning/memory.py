@@ -85,6 +85,11 @@ class Setup:
             return "triton"
         return "cpu" if self.precision == "fp32" else "plain"
 
+    @property
+    def keeps_hidden(self) -> bool:
+        """Whether the MLP's hidden layer is kept: the CPU's kernel recomputes it, where the weights are not partitioned."""
+        return self.path != "cpu" or self.zero_stage == 3
+
 
 def predict(architecture: Architecture, setup: Setup) -> Memory:
     """Predict the peak of a training step of `architecture` on one rank of `setup`."""
@@ -94,11 +99,13 @@ def predict(architecture: Architecture, setup: Setup) -> Memory:
     element, on_cpu = setup.element, setup.device == "cpu"
     split = setup.world_size if setup.zero_stage else 1
     gradient = 4 if setup.zero_stage == 0 else element
-    whole = gradient * parameters
-    kept = whole // split if setup.zero_stage >= 2 else whole
+    peak = resident_peak(parts, architecture.gradient_checkpointing, setup)
+    kept = gradient * parameters // (split if setup.zero_stage >= 2 else 1)
+    if setup.zero_stage == 0:  # no buffer holds them
+        kept = resident_peak(parts, architecture.gradient_checkpointing, setup, gradient) - peak
     weights = (4 if setup.zero_stage == 0 else element) * parameters
     if setup.zero_stage == 3:
-        weights = weights // split + element * min(parameters, LIVE)
+        weights = weights // split + element * min(parameters, LIVE) * (2 if on_cpu else 1)  # in the heaps of both passes
     optimizer = optimizer_bytes(parameters, setup)
     communication = 0
     if setup.zero_stage:
@@ -109,7 +116,7 @@ def predict(architecture: Architecture, setup: Setup) -> Memory:
         weights=weights,
         gradients=kept,
         optimizer=0 if setup.offloads and not on_cpu else optimizer,
-        activations=step_peak(parts, architecture.gradient_checkpointing, setup),
+        activations=peak,
         communication=communication,
         clips=3 * math.prod(setup.clip) * setup.micro_batch * (element + 4),
     )
@@ -149,42 +156,73 @@ def kept_by(block: Block, setup: Setup) -> tuple[int, int, int]:
         return block.tokens * row, block.tokens * row, 0
     norm = 8 * block.tokens  # mean and scale of each token
     attention = 5 * block.windowed * row + norm  # windows, q, k and v, and the result
+    attention += block.heads * block.window**2 * setup.element  # the bias
     if setup.path == "plain" and setup.device == "cpu":  # scores are written out, as softmax leaves them
         attention += 2 * block.windowed * block.heads * block.window * setup.element
     else:
         attention += 4 * block.windowed * block.heads  # logarithms of the softmax's sums
-    hidden = 0 if setup.path == "cpu" else 8  # that of the CPU's kernel are recomputed
-    return block.tokens * row, attention, block.tokens * row * (2 + hidden) + norm
+    return block.tokens * row, attention, block.tokens * row * (10 if setup.keeps_hidden else 2) + norm
 
 
-def step_peak(parts: list[Block], checkpointing: GradientCheckpointing, setup: Setup) -> int:
-    """Follow the backward pass from the last part to the first; returns the most bytes at one time."""
-    whole = [sum(kept_by(b, setup)) for b in parts]
-    inputs = [kept_by(b, setup)[0] for b in parts]
+def held_by(parts: list[Block], checkpointing: GradientCheckpointing, setup: Setup) -> list[int]:
+    """Bytes that each part keeps from its forward pass to its backward pass, by the mode of checkpointing."""
+    kept = [kept_by(b, setup) for b in parts]
     if checkpointing == "selective":
-        held = [kept_by(b, setup)[0] + kept_by(b, setup)[2] for b in parts]
-    elif checkpointing == "block":
-        held = [w if b.merges else i for b, w, i in zip(parts, whole, inputs, strict=True)]
-    elif checkpointing == "stage":
+        return [own + mlp for own, _, mlp in kept]
+    if checkpointing == "block":
+        return [sum(k) if b.merges else k[0] for b, k in zip(parts, kept, strict=True)]
+    if checkpointing == "stage":
         first = {b.stage: i for i, b in reversed(list(enumerate(parts)))}
-        held = [inputs[i] if first[b.stage] == i else 0 for i, b in enumerate(parts)]
-    else:
-        held = whole
-    peak = 0
+        return [kept[i][0] if first[b.stage] == i else 0 for i, b in enumerate(parts)]
+    return [sum(k) for k in kept]
+
+
+def step_peak(parts: list[Block], checkpointing: GradientCheckpointing, setup: Setup, gradient: int = 0) -> int:
+    """Follow the backward pass from the last part to the first; returns the most bytes at one time.
+
+    Args:
+        gradient: bytes of a parameter's gradient, where those of a part come to be with its backward pass.
+    """
+    held, new = during_backward(parts, checkpointing, setup, gradient)
+    return max(sum(held[: i + 1]) + n for i, n in enumerate(new))
+
+
+def resident_peak(parts: list[Block], checkpointing: GradientCheckpointing, setup: Setup, gradient: int = 0) -> int:
+    """As `step_peak`, of what a process has from the system: more on a CPU.
+
+    There the backward pass has a thread of its own, and so a heap, into which nothing comes that the forward pass gave back.
+    """
+    if setup.device == "cuda":
+        return step_peak(parts, checkpointing, setup, gradient)
+    held, new = during_backward(parts, checkpointing, setup, gradient)
+    computed = [sum(kept_by(b, setup)) - h for b, h in zip(parts, held_by(parts, checkpointing, setup), strict=True)]
+    return sum(held) + max(computed) + max(new)
+
+
+def during_backward(
+    parts: list[Block], checkpointing: GradientCheckpointing, setup: Setup, gradient: int
+) -> tuple[list[int], list[int]]:
+    """Return by part what is held from the forward pass, and what its backward pass adds: recomputed, and gradients."""
+    held = held_by(parts, checkpointing, setup)
+    computed = [sum(kept_by(b, setup)) - h for b, h in zip(parts, held, strict=True)]  # and not kept
+    new = []
     for i, b in enumerate(parts):
-        again = whole[i] - held[i]
-        if checkpointing == "stage":  # all of the stage is there once its last block is at work
-            again = sum(w - k for p, w, k in zip(parts, whole, held, strict=True) if p.stage == b.stage)
-        peak = max(peak, sum(held[: i + 1]) + again + passing(b, setup))
-    return peak
+        again = computed[i]
+        if checkpointing == "stage":  # of its stage all was computed again, and what comes later has been given back
+            again = sum(c for p, c in zip(parts[: i + 1], computed[: i + 1], strict=True) if p.stage == b.stage)
+        new.append(again + passing(b, setup) + gradient * sum(p.parameters for p in parts[i:]))
+    held[0] += 2 * kept_by(parts[0], setup)[0]  # of the patch embedding: what it is given, and what its norm is
+    return held, new
 
 
 def passing(block: Block, setup: Setup) -> int:
-    """Bytes of gradients under way inside a block: of its hidden layer and of q, k and v."""
-    row = block.channels * setup.element
+    """Bytes of gradients under way inside a block: of its hidden layer or of q, k and v, and of what is added to it."""
+    rows = block.tokens * block.channels * setup.element
     if block.merges:
-        return 2 * block.tokens * row
-    return (4 * block.tokens + (0 if setup.path == "cpu" else 4) * block.tokens) * row
+        return 2 * rows
+    # A CPU computes with transposed weights, and adds to the gradients of the MLP's what it has computed of them.
+    weights = 16 * block.channels**2 * setup.element if setup.device == "cpu" else 0
+    return 5 * rows + weights
 
 
 def nearest_that_fit(architecture: Architecture, setup: Setup, limit: int, batch: int) -> list[str]:

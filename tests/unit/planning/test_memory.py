@@ -21,7 +21,7 @@ def added(name: str, checkpointing: str, setup: Setup) -> float:
     """What a step adds: activations and gradients."""
     architecture = replace(PRESETS[name], gradient_checkpointing=checkpointing)
     parts = list(blocks(architecture, setup.clip, setup.micro_batch))
-    return step_peak(parts, architecture.gradient_checkpointing, setup) + setup.element * sum(b.parameters for b in parts)
+    return step_peak(parts, architecture.gradient_checkpointing, setup, setup.element)
 
 
 @pytest.mark.parametrize(("checkpointing", "measured"), [("none", 19.0), ("selective", 13.2), ("block", 3.8)])
