@@ -92,6 +92,7 @@ def own_temporary_folder() -> Iterator[None]:
         patch.setenv("TMPDIR", str(folder))
         patch.setenv("RAY_TMPDIR", str(folder))
         patch.setenv("VSWIN_CACHE", str(folder / "cache"))
+        patch.setenv("VSWIN_HOME", str(folder / "home"))
         patch.setattr(tempfile, "tempdir", str(folder))
         yield
 
