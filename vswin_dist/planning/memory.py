@@ -177,6 +177,12 @@ def held_by(parts: list[Block], checkpointing: GradientCheckpointing, setup: Set
     return [sum(k) for k in kept]
 
 
+def again_by(parts: list[Block], checkpointing: GradientCheckpointing, setup: Setup) -> list[int]:
+    """Bytes that each part computes in its forward pass and does not keep: its backward pass computes them again."""
+    held = held_by(parts, checkpointing, setup)
+    return [sum(kept_by(b, setup)) - h for b, h in zip(parts, held, strict=True)]
+
+
 def step_peak(parts: list[Block], checkpointing: GradientCheckpointing, setup: Setup, gradient: int = 0) -> int:
     """Follow the backward pass from the last part to the first; returns the most bytes at one time.
 
@@ -195,16 +201,14 @@ def resident_peak(parts: list[Block], checkpointing: GradientCheckpointing, setu
     if setup.device == "cuda":
         return step_peak(parts, checkpointing, setup, gradient)
     held, new = during_backward(parts, checkpointing, setup, gradient)
-    computed = [sum(kept_by(b, setup)) - h for b, h in zip(parts, held_by(parts, checkpointing, setup), strict=True)]
-    return sum(held) + max(computed) + max(new)
+    return sum(held) + max(again_by(parts, checkpointing, setup)) + max(new)
 
 
 def during_backward(
     parts: list[Block], checkpointing: GradientCheckpointing, setup: Setup, gradient: int
 ) -> tuple[list[int], list[int]]:
     """Return by part what is held from the forward pass, and what its backward pass adds: recomputed, and gradients."""
-    held = held_by(parts, checkpointing, setup)
-    computed = [sum(kept_by(b, setup)) - h for b, h in zip(parts, held, strict=True)]  # and not kept
+    held, computed = held_by(parts, checkpointing, setup), again_by(parts, checkpointing, setup)
     new = []
     for i, b in enumerate(parts):
         again = computed[i]
