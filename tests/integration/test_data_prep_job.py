@@ -8,16 +8,18 @@ import sys
 from pathlib import Path
 
 from infra.local.cluster import RAY, Cluster
-from tests.support.s3_server import BUCKET, S3Server
+from tests.support.s3_server import S3Server
 from tests.unit.data_prep.videos import make_folders
 
 REPO = Path(__file__).resolve().parents[2]
 
 
-def test_a_submitted_job_prepares_onto_s3(cluster: Cluster, object_store: S3Server, tmp_path: Path) -> None:
+def test_a_submitted_job_prepares_onto_s3(
+    cluster: Cluster, object_store: S3Server, object_prefix: str, tmp_path: Path
+) -> None:
     folders = make_folders(tmp_path / "in", classes=2, each=5, frames=20)
     common = ["folder", "--videos", str(folders), "--shard-count", "4"]
-    job = [sys.executable, "jobs/prepare.py", *common, "--out", f"s3://{BUCKET}/prepared"]
+    job = [sys.executable, "jobs/prepare.py", *common, "--out", object_prefix]
     done = subprocess.run(
         [RAY, "job", "submit", "--address", cluster.dashboard, "--working-dir", str(REPO), "--", *job],
         env={**os.environ, **cluster.env},
@@ -36,5 +38,5 @@ def test_a_submitted_job_prepares_onto_s3(cluster: Cluster, object_store: S3Serv
         timeout=120,
     )
     ours = {p.name: p.read_bytes() for p in (tmp_path / "local").iterdir() if p.is_file()}
-    theirs = object_store.folder / BUCKET / "prepared"
+    theirs = object_store.path(object_prefix)
     assert {p.name: p.read_bytes() for p in theirs.iterdir() if p.is_file()} == ours

@@ -37,7 +37,7 @@ def program(cluster: Cluster, name: str, *arguments: str, token: bool = True) ->
 def test_the_jobs_of_a_head_are_stopped_in_order(cluster: Cluster, tmp_path: Path) -> None:
     client = JobSubmissionClient(cluster.dashboard, headers={"Authorization": f"Bearer {cluster.env['RAY_AUTH_TOKEN']}"})
     (tmp_path / "job.py").write_text(JOB)
-    job = "long"
+    job = tmp_path.name  # another at a second try
 
     def submitted() -> bool:
         with contextlib.suppress(RuntimeError):  # the head has no agent yet

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from tests.support.ranks import run_ranks
-from tests.support.s3_server import BUCKET, S3Server
+from tests.support.s3_server import S3Server
 from tests.support.shards import with_corrupt_videos, with_damaged_storage
 from vswin_dist import storage
 from vswin_dist.config.schema import DataSettings
@@ -105,14 +105,14 @@ def test_parts_in_object_storage_of_which_one_is_cut(
     request_of_val: Request,
     alone: bytes,
     object_store: S3Server,
+    object_prefix: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     for name, value in object_store.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", object_store.endpoint)
-    root = f"s3://{BUCKET}/evaluation-parts"
-    store = store_at(root, request_of_val)
+    store = store_at(object_prefix, request_of_val)
     score_on_rank(request_of_val, store, Rank(0, 1, torch.device("cpu")))
     names = storage.list_names(store.url)
     assert len(names) == 6 and all(name.startswith(predictions.PART) for name in names)
@@ -120,7 +120,7 @@ def test_parts_in_object_storage_of_which_one_is_cut(
     storage.put_bytes(cut, whole[: len(whole) - 200])
     with caplog.at_level(logging.WARNING):
         assert len(store.read().indices) == 10
-        done = score(request_of_val, 1, False, root)
+        done = score(request_of_val, 1, False, object_prefix)
     assert names[2] in caplog.text and "scored again" in caplog.text
     assert storage.read_bytes(done.url) == alone and storage.list_names(store.url) == [predictions.ALL]
 

@@ -8,7 +8,7 @@ import pandas
 import pytest
 
 from tests.support.line import Line
-from tests.support.s3_server import BUCKET, S3Server
+from tests.support.s3_server import S3Server
 from vswin_dist import storage
 from vswin_dist.config.schema import DataSettings
 from vswin_dist.manifest import read_manifest
@@ -19,9 +19,9 @@ from vswin_dist.serving.predict import load_predictor
 
 
 def test_many_videos_by_all_processes_of_a_cluster(
-    cluster_line: Line, object_store: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster_line: Line, object_store: S3Server, object_prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line, place = cluster_line, f"s3://{BUCKET}/predict"
+    line, place = cluster_line, object_prefix
     line.home.mkdir(parents=True, exist_ok=True)
     line.env |= object_store.environment
     for name, value in object_store.environment.items():

@@ -24,7 +24,7 @@ from infra.local import motions
 from infra.local.cluster import Cluster
 from tests.support.line import REPOSITORY, SMALL, Line
 from tests.support.mlflow_server import mlflow_server
-from tests.support.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
+from tests.support.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server
 from vswin_dist.models import build_model, export_state
 from vswin_dist.tracking import Registry
 
@@ -97,6 +97,9 @@ class Project:
 def project(line: Line, cluster: Cluster, object_store: S3Server, tmp_path: Path) -> Iterator[Project]:
     with mlflow_server(tmp_path / "mlflow") as server:
         yield Project(line, cluster, object_store, server.uri)
+    for bucket in object_store.folder.iterdir():  # README's own, which a second try makes anew
+        if bucket.name != BUCKET:
+            shutil.rmtree(bucket)
 
 
 @pytest.mark.faults

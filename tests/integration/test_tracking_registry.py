@@ -22,7 +22,7 @@ import torch
 
 from tests.support.mlflow_server import mlflow_server
 from tests.support.ports import free_port
-from tests.support.s3_server import BUCKET, S3Server
+from tests.support.s3_server import S3Server
 from tests.support.waiting import wait_until
 from vswin_dist import storage
 from vswin_dist.config.schema import DataSettings
@@ -214,15 +214,16 @@ def test_weights_stay_in_object_storage_and_a_bad_video_is_an_error_for_that_one
     model_folder: str,
     videos: list[str],
     object_store: S3Server,
+    object_prefix: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, value in object_store.environment.items():
         monkeypatch.setenv(name, value)
-    url = f"s3://{BUCKET}/far-model"
+    url, video = f"{object_prefix}/model", f"{object_prefix}/1.mp4"
     for name in ("model.safetensors", "model.json"):
         storage.put_file(Path(model_folder, name), f"{url}/{name}")
-    storage.put_file(videos[1], f"s3://{BUCKET}/far-videos/1.mp4")
+    storage.put_file(videos[1], video)
     Registry(server).register("far", url, tags={}, pyfunc=PYFUNC_CODE)
     folder, version = Registry(server).resolve("models:/far@champion")
     assert folder == url == version.tags["weights_at"]
@@ -231,7 +232,7 @@ def test_weights_stay_in_object_storage_and_a_bad_video_is_an_error_for_that_one
     assert not [path for place in (home, Path(fetched)) for path in place.rglob("*.safetensors")], "the weights were copied"
 
     content = base64.b64encode(Path(videos[1]).read_bytes()).decode()
-    asked = [videos[0], f"s3://{BUCKET}/far-videos/1.mp4", f"data:video/mp4;base64,{content}", "absent.mp4"]
+    asked = [videos[0], video, f"data:video/mp4;base64,{content}", "absent.mp4"]
     bad = f"data:video/mp4;base64,{base64.b64encode(b'no video').decode()}"
     with mlflow_models_serve("models:/far/1", server, tmp_path / "serve.log") as port:
         wait_until(lambda: answers(port), timeout_s=120)

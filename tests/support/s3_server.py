@@ -19,7 +19,7 @@ from tests.support.waiting import start_server
 
 ACCESS_KEY = "vswin-test-key"
 SECRET_KEY = "vswin-test-secret"
-BUCKET = "vswin"  # of the server that tests share; each takes a prefix of its own
+BUCKET = "vswin"  # of the server that tests share
 
 
 def rclone() -> str | None:
@@ -55,6 +55,10 @@ class S3Server:
         """Make a bucket; returns its URL."""
         (self.folder / name).mkdir(parents=True, exist_ok=True)
         return f"s3://{name}"
+
+    def path(self, url: str) -> Path:
+        """The file or folder that holds what `url` names."""
+        return self.folder / url.removeprefix("s3://")
 
     def start(self) -> None:
         """Start the server, where it does not run, and wait until it answers."""

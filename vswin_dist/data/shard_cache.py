@@ -25,6 +25,7 @@ from vswin_dist.errors import DataError, StorageError
 from vswin_dist.manifest import Shard
 
 IN_USE = "in-use"  # held shared by each process that reads the set
+LOCK = "lock"  # held while files are added up, and where one comes to be or gets its name
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -152,7 +153,8 @@ class ShardCache:
             if digest.hexdigest() != shard.sha256:
                 raise storage.Damaged(f"its sha256 is {digest.hexdigest()[:12]}..., expected {shard.sha256[:12]}...")
             os.fsync(part.fileno())
-            os.replace(self._path(shard).with_suffix(".part"), self._path(shard))
+            with self._bound_held():  # else one that adds up may miss it under both names
+                os.replace(self._path(shard).with_suffix(".part"), self._path(shard))
             return True
 
     @contextlib.contextmanager
@@ -177,9 +179,15 @@ class ShardCache:
                 if _is_at(file, path):  # not finished
                     path.unlink()
 
-    def _reserve(self, part: IO[bytes], shard: Shard) -> None:
-        with open(self.folder / "lock", "a") as lock:
+    @contextlib.contextmanager
+    def _bound_held(self) -> Iterator[None]:
+        """Be the only process of the node that adds to the folder or adds up what it holds."""
+        with open(self.folder / LOCK, "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _reserve(self, part: IO[bytes], shard: Shard) -> None:
+        with self._bound_held():
             part.truncate(0)  # what a killed process had reserved
             over = sum(_sizes(self.folder).values()) + shard.bytes - self.bound
             if over > 0:

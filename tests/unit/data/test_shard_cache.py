@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 
 from tests.support.waiting import wait_until
 from vswin_dist import local_files, storage
-from vswin_dist.data.shard_cache import NoRoom, ShardCache, open_cache
+from vswin_dist.data.shard_cache import LOCK, NoRoom, ShardCache, open_cache
 from vswin_dist.errors import DataError
 from vswin_dist.manifest import Shard
 
@@ -142,6 +144,7 @@ def fill_all(folder: str, source: str, wanted: list[tuple[Shard, str]], bound: i
 
 def test_many_processes_share_it(tmp_path: Path) -> None:
     wanted, folder = shards(tmp_path, 6), tmp_path / "cache"
+    folder.mkdir()
     context = multiprocessing.get_context("forkserver")
     others = [
         context.Process(target=fill_all, args=(str(folder), str(tmp_path), wanted[i:] + wanted[:i], 4 * SIZE))
@@ -150,11 +153,30 @@ def test_many_processes_share_it(tmp_path: Path) -> None:
     for p in others:
         p.start()
     while any(p.is_alive() for p in others):
-        # A listing is not of one moment: it may have a copy that was removed meanwhile beside the one that took its place.
-        assert any(sum(held(folder)) <= 4 * SIZE for _ in range(3))
+        with (folder / LOCK).open("a") as lock:  # without it a listing is not of one moment
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            assert sum(held(folder)) <= 4 * SIZE
         time.sleep(0.005)
     assert [p.exitcode for p in others] == [0, 0, 0]
     assert held(folder) == [SIZE] * 4 and not list(folder.rglob("*.part"))
+
+
+def test_no_copy_gets_its_name_while_another_process_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it is gone under the one name, not yet seen under the other, and one more than the bound has room."""
+    [(shard, url)], folder = shards(tmp_path, 1, first=7), tmp_path / "cache"
+    cache, read, arrives = ShardCache(folder, SIZE, "set"), storage.read_range, threading.Event()
+    monkeypatch.setattr(storage, "read_range", lambda *of: arrives.wait(60) and read(*of))
+    cache.want(shard, url)
+    part, copy = (folder / "set" / f"{shard.sha256}.{kind}" for kind in ("part", "tar"))
+    wait_until(lambda: part.exists() and part.stat().st_size == SIZE)
+    with (folder / LOCK).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        arrives.set()
+        wait_until(lambda: part.read_bytes()[-1:] == Path(url).read_bytes()[-1:])
+        time.sleep(0.2)
+        assert part.exists() and not copy.exists()
+    wait_until(copy.exists)
+    cache.close()
 
 
 def begin_and_hang(folder: str, shard: Shard) -> None:
