@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import fnmatch
 import json
+import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -271,5 +273,6 @@ def only_writer(out: str) -> Iterator[Fence]:
 
 
 def _remove_halves(folder: Path) -> None:
-    for left in folder.rglob(".*.tmp"):
-        left.unlink(missing_ok=True)
+    for root, _, files in os.walk(folder):  # a worker of a killed run may remove a folder now: `rglob` fails
+        for name in fnmatch.filter(files, ".*.tmp"):
+            Path(root, name).unlink(missing_ok=True)

@@ -37,8 +37,8 @@ MARK = "VSWIN_TEST_SESSION"  # inherited by every process that a test starts, ho
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark a test of faults by its folder, or by the Ray head that it takes; such a one has a second try.
 
-    Forty of them start hundreds of processes of Ray, on whatever else the machine does then. What fails twice fails; what
-    fails once is printed whole at the end.
+    Forty of them start hundreds of processes of Ray, on whatever else the machine does then. What fails twice fails; the
+    end of what fails once is printed last.
     """
     if FAULTS in item.path.parents or "cluster" in getattr(item, "fixturenames", ()):
         item.add_marker(pytest.mark.faults)
@@ -49,7 +49,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what faults cost, and what failed at its first try."""
     for report in terminalreporter.getreports("rerun"):
         terminalreporter.section(f"{report.nodeid} failed at its first try")
-        terminalreporter.write_line(report.longreprtext)
+        terminalreporter.write_line("\n".join(report.longreprtext.splitlines()[-40:]))  # where, and in which words
     for text in drill.table(terminalreporter.getreports("passed")):
         terminalreporter.write_line(text)
 

@@ -20,7 +20,7 @@ import pytest
 from data_prep.executor import DEATHS
 from tests.support.s3_errors import Errors, failing_proxy
 from tests.support.s3_server import S3Server, rclone, start_s3
-from tests.support.waiting import wait_until
+from tests.support.waiting import below, wait_until
 from tests.unit.data_prep.videos import make_folders
 
 psutil = pytest.importorskip("psutil")
@@ -151,7 +151,7 @@ def test_a_polite_kill_ends_the_workers_and_the_next_run_goes_on(
     command: list[str], undisturbed: tuple[dict[str, bytes], float], tmp_path: Path
 ) -> None:
     process = start(*command, "--out", tmp_path)
-    wait_until(lambda: any((tmp_path / ".data-prep" / "staging").glob("0*")), process)
+    wait_until(lambda: below(tmp_path / ".data-prep" / "staging", "0*"), process)
     pids = workers_of(process)
     process.terminate()
     assert "interrupted" in finish(process, expect=130)
@@ -173,7 +173,7 @@ def test_an_s3_server_that_fails_for_a_while(
 ) -> None:
     bucket = s3.bucket("shards")
     process = start(*command, "--out", f"{bucket}/set", **s3.environment, VSWIN_HOME=str(tmp_path / "home"))
-    wait_until(lambda: any((tmp_path / "home").rglob("0*")), process)
+    wait_until(lambda: below(tmp_path / "home", "0*"), process)
     if fault == "gone":
         s3.stop()
         time.sleep(6)
@@ -196,7 +196,7 @@ def test_an_s3_server_that_answers_errors(
     with failing_proxy(s3.port, Errors(share=0.1, dice=random.Random(seed))) as errors:
         environment = {**s3.environment, "AWS_ENDPOINT_URL_S3": errors.endpoint, "VSWIN_HOME": str(tmp_path / "home")}
         process = start(*command, "--out", f"{bucket}/set", **environment)
-        wait_until(lambda: any((tmp_path / "home").rglob("0*")), process)
+        wait_until(lambda: below(tmp_path / "home", "0*"), process)
         with errors.lock:
             errors.burst = 12  # more than the S3 client itself tries
         finish(process)

@@ -19,13 +19,14 @@ import contextlib, os, signal, sys, threading, time
 from pathlib import Path
 import psutil
 from data_prep.cli import main
+from tests.support.waiting import below
 
 def kill_one():
     while True:
         time.sleep(0.02)
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if "_call" in " ".join(process.cmdline()) and any(Path(sys.argv[1]).rglob("0*")):
+                if "_call" in " ".join(process.cmdline()) and below(Path(sys.argv[1]), "0*"):
                     process.send_signal(signal.SIGKILL)
                     print("killed a worker", flush=True)
                     return

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 from tests.support.drill import Drill, record
 from tests.support.line import SMALL, Line
-from tests.support.waiting import wait_until
+from tests.support.waiting import below, wait_until
 from vswin_dist.training import checkpoint
 
 STEPS = (
@@ -27,7 +27,7 @@ STEPS = (
 
 def files(folder: Path) -> dict[str, bytes]:
     """All that counts of a run: without what its drivers and ranks tell one another, by names of their own."""
-    found = [p for p in folder.rglob("*") if p.is_file() and "ray" not in p.relative_to(folder).parts]
+    found = [p for p in below(folder, "*") if p.is_file() and "ray" not in p.relative_to(folder).parts]
     return {str(p.relative_to(folder)): p.read_bytes() for p in found if not p.name.startswith(("failure-", "stop-"))}
 
 

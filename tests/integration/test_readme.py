@@ -96,10 +96,10 @@ class Project:
 @pytest.fixture
 def project(line: Line, cluster: Cluster, object_store: S3Server, tmp_path: Path) -> Iterator[Project]:
     with mlflow_server(tmp_path / "mlflow") as server:
-        yield Project(line, cluster, object_store, server.uri)
-    for bucket in object_store.folder.iterdir():  # README's own, which a second try makes anew
-        if bucket.name != BUCKET:
-            shutil.rmtree(bucket)
+        made = Project(line, cluster, object_store, server.uri)
+        yield made
+        for bucket in {*made.s3.ls("")} - {BUCKET}:  # README's own, which a second try makes anew
+            made.s3.rm(bucket, recursive=True)
 
 
 @pytest.mark.faults

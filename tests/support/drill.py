@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support.line import Line
+from tests.support.waiting import below
 
 RESUMED = re.compile(r"(pid=\d+)\).* resumed from \S*step-(\d{8})")
 ON_ITS_WAY_S = 2.0  # from a step to its metrics' time: what was done when the fault came is no progress
@@ -29,8 +30,8 @@ class Drill:
 
     def committed(self) -> int:
         """The step of the newest checkpoint, 0 where there is none."""
-        found = (self.line.home / "runs" / self.name).glob("*/step-*/checkpoint.json")
-        return max((int(path.parent.name[5:13]) for path in found), default=0)
+        found = [path.parent.name for path in below(self.line.home / "runs" / self.name, "checkpoint.json")]
+        return max((int(name[5:13]) for name in found if name.startswith("step-")), default=0)
 
     def happens(self, what: str) -> None:
         """Note a fault, just before it is made."""

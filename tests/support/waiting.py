@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -30,6 +32,16 @@ def start_server(
         if hangs:
             break
     raise RuntimeError(f"the server did not start; its log ends:\n{log.read_text(errors='replace')[-3000:]}")
+
+
+def below(folder: Path, pattern: str) -> list[Path]:
+    """Files and folders below `folder` whose names match `pattern`, while others add and remove some.
+
+    `Path.glob` fails where a folder is removed between its parent's listing and its own.
+    """
+    return [
+        Path(root, name) for root, folders, files in os.walk(folder) for name in fnmatch.filter([*folders, *files], pattern)
+    ]
 
 
 class Job(subprocess.Popen[str]):
