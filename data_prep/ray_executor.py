@@ -45,7 +45,8 @@ class RayExecutor(Executor):
         self._connected = not ray.is_initialized()
         if self._connected:
             try:
-                ray.init(address=address, log_to_driver=False, logging_level="warning")
+                dashboard = False if address == "local" else None  # as of a training's own Ray, which see
+                ray.init(address=address, log_to_driver=False, logging_level="warning", include_dashboard=dashboard)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise WorkFailed(f"no Ray cluster at {address}: {error}") from error
         self._remote = ray.remote(num_cpus=1, max_retries=DEATHS - 1)(_call)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from vswin_dist import local_files, storage
-from vswin_dist.device import STEPS_LEFT, Rank, place_sockets
+from vswin_dist.device import STEPS_LEFT, Rank
 from vswin_dist.errors import PreflightError, RanksFailed, heed_interrupts
 
 os.environ["HOME"] = str(local_files.user_home())  # Ray asks for a home folder, from its import on; its processes inherit it
@@ -34,6 +34,7 @@ from ray.train import (
 from ray.train import report as ray_report
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ScalingDecision
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 from ray.util.metrics import Counter, Gauge
@@ -67,10 +68,9 @@ def joined() -> Iterator[None]:
     os.environ.update(WORKER_ENV)
     mine = not ray.is_initialized()
     if mine:
-        # A dashboard that does not come up stops nothing; where TMPDIR is too long for it, Ray would wait for it in vain.
         address = os.environ.get("RAY_ADDRESS", "local")
-        dashboard = False if address == "local" and not place_sockets() else None
-        ray.init(address=address, log_to_driver=True, include_dashboard=dashboard)
+        # The dashboard's ten processes take longer to start than the rest, for a Ray that ends with this job.
+        ray.init(address=address, log_to_driver=True, include_dashboard=False if address == "local" else None)
         # `ray job stop` and batch systems send SIGTERM. Ray's handler of it aborts the process; that of SIGINT is orderly.
         heed_interrupts()
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -169,15 +169,19 @@ class FittingWorldSizes(ElasticScalingPolicy):
 class FittingTrainer(TorchTrainer):
     """`TorchTrainer` that runs on one of `world_sizes` where its `ScalingConfig` gives a range of workers.
 
-    It starts no process for Ray's datasets, of which there are none.
+    It starts no process for Ray's datasets, of which there are none, and no detached one to free what ranks held when their
+    controller died: Ray does so at the end of the driver, which that death ends. That process asks every second whether the
+    controller lives, but the first Ray cluster that it finds on its machine, which may be another one.
     """
+
+    UNUSED = (DatasetsCallback, PlacementGroupCleanerCallback)
 
     def __init__(self, *args: Any, world_sizes: Sequence[int], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.world_sizes = world_sizes
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [c for c in super()._create_default_callbacks() if not isinstance(c, DatasetsCallback)]
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, self.UNUSED)]
 
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
         if self.scaling_config.elasticity_enabled:

@@ -82,16 +82,11 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def place_sockets() -> bool:
+def place_sockets() -> None:
     """Have multiprocessing put its sockets into /tmp where TMPDIR is too long for them, as batch systems make it.
 
     Other temporary files stay where they are. To be called before the first process is started.
-
-    Returns:
-        True where TMPDIR is short enough.
     """
-    fits = len(tempfile.gettempdir()) <= LONGEST_FOR_SOCKETS
-    if not fits:
+    if len(tempfile.gettempdir()) > LONGEST_FOR_SOCKETS:
         with patch.object(tempfile, "tempdir", "/tmp"):  # noqa: S108
             multiprocessing.util.get_temp_dir()  # which this process and those below it keep
-    return fits

@@ -14,7 +14,7 @@ import pytest
 from tests.support import trainers
 from tests.support.checkpoints import flip_a_bit
 from tests.support.drill import Drill, record
-from tests.support.line import SMALL, Line, running_ranks
+from tests.support.line import SMALL, Line, running_actors, running_ranks
 from tests.support.waiting import wait_until
 from vswin_dist.training import checkpoint
 
@@ -87,6 +87,13 @@ def test_ranks_and_drivers_that_die_hang_and_are_stopped(
         ranks = goes_on(process)
         drill.happens("the driver is killed")
         process.kill()
+        ended(ranks)
+
+    with submitted(drill) as process:
+        ranks = goes_on(process)
+        drill.happens("Ray's training controller is killed: exit 1, the same command")
+        running_actors("TrainController")[-1].kill()
+        assert process.wait(60) == 1
         ended(ranks)
 
     with submitted(drill, "training.grace_s=1") as process:

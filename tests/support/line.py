@@ -67,14 +67,19 @@ def make_shards(folder: Path, train: int = 52, val: int = 12) -> Path:
     return folder
 
 
-def running_ranks() -> list[psutil.Process]:
-    """Return the ranks of Ray Train that run below this process: on the shared cluster, or on a driver's own Ray."""
+def running_actors(kind: str) -> list[psutil.Process]:
+    """Return Ray's actors of a class that run below this process: on the shared cluster, or on a driver's own Ray."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if any("RayTrainWorker" in part for part in process.cmdline()):
+            if any(kind in part for part in process.cmdline()):
                 found.append(process)
     return found
+
+
+def running_ranks() -> list[psutil.Process]:
+    """Return the ranks of Ray Train among `running_actors`."""
+    return running_actors("RayTrainWorker")
 
 
 short_folders: list[Path] = []  # all that this process has made

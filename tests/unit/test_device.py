@@ -13,7 +13,7 @@ CODE = """
 import multiprocessing, sys, tempfile
 from vswin_dist.device import place_sockets
 if __name__ == "__main__":
-    print(place_sockets(), flush=True)
+    place_sockets()
     process = multiprocessing.get_context("forkserver").Process(target=print, args=("started",))
     process.start()
     process.join()
@@ -30,5 +30,5 @@ def test_processes_start_however_long_the_path_of_temporary_files_is(length: int
     done = subprocess.run(
         [sys.executable, "-c", CODE], env={**os.environ, "TMPDIR": str(folder)}, capture_output=True, text=True
     )
-    assert done.stdout.split() == [str(length <= 70), "started", str(folder)], done.stderr
+    assert done.stdout.split() == ["started", str(folder)], done.stderr
     assert not list(folder.iterdir())
