@@ -16,6 +16,7 @@ from typing import BinaryIO, Literal
 
 Fault = Literal["error", "cut", "shorten", "flip"]
 EXPECT, CONTINUE = b"expect: 100-continue\r\n", b"HTTP/1.1 100 Continue\r\n\r\n"
+CHUNKED = b"transfer-encoding: chunked\r\n"
 ERROR = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -28,6 +29,16 @@ def _head(stream: BinaryIO) -> tuple[list[bytes], int]:
         if name.lower() == b"content-length":
             length = int(value)
     return lines, length
+
+
+def _chunks(stream: BinaryIO) -> bytes:
+    """A body that is sent in chunks, as it is sent; answers to the removal of many objects are."""
+    found, size = b"", 1
+    while size:
+        line = stream.readline()
+        size = int(line, 16)
+        found += line + stream.read(size + 2)
+    return found
 
 
 def _serve(client: socket.socket, port: int, delay_s: float, fault: Callable[[str], Fault | None]) -> None:
@@ -53,6 +64,8 @@ def _serve(client: socket.socket, port: int, delay_s: float, fault: Callable[[st
             what = fault(lines[0].decode())
             answer, length = _head(answered)
             body = answered.read(length) if not lines[0].startswith(b"HEAD") else b""
+            if any(line.lower() == CHUNKED for line in answer):
+                body = _chunks(answered)
             if what == "error":
                 client.sendall(ERROR)
                 continue
