@@ -45,7 +45,7 @@ class RayExecutor(Executor):
         self._connected = not ray.is_initialized()
         if self._connected:
             try:
-                dashboard = False if address == "local" else None  # as of a training's own Ray, which see
+                dashboard = False if address == "local" else None  # ten processes, for a Ray that ends with this
                 ray.init(address=address, log_to_driver=False, logging_level="warning", include_dashboard=dashboard)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise WorkFailed(f"no Ray cluster at {address}: {error}") from error
