@@ -227,6 +227,21 @@ def test_an_order_is_numpys_permutation() -> None:
     assert np.array_equal(Plan("fp", 1000, 5, 16, pool=pool).order(2), pool[named_rng("fp/5/2").permutation(len(pool))])
 
 
+def test_the_order_of_a_large_epoch_is_that_of_its_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Plan("fp", 1000, 5, 16).identity
+    assert "order" not in small, "what was begun before goes on"
+    monkeypatch.setattr("vswin_dist.data.plan.SORTED_FROM", 300)
+    draws = named_rng("fp/5/2").integers(0, 2**64 - 1, 1000, np.uint64, endpoint=True)
+    expected = sorted(range(1000), key=lambda i: (int(draws[i]) >> 10, i))  # ten bits hold the numbers
+    large = Plan("fp", 1000, 5, 16)
+    assert large.order(2).tolist() == expected and large.order(2).dtype == np.int32
+    pool = np.arange(0, 1000, 3)
+    assert sorted(Plan("fp", 1000, 5, 16, pool=pool).order(2).tolist()) == pool.tolist()
+    assert large.order(3).tolist() != expected, "each epoch has its own"
+    assert large.identity == small | {"order": "sorted"}, "another order is another plan"
+    assert "order" not in Plan("fp", 1000, 5, 16, balanced=np.arange(1000) % 7).identity
+
+
 @pytest.mark.parametrize(("samples", "world_size", "batch"), [(10, 1, 4), (10, 3, 2), (1, 4, 8), (9, 2, 9)])
 def test_evaluation_gives_every_sample_to_one_rank_in_equal_rounds(samples: int, world_size: int, batch: int) -> None:
     parts = [evaluation_batches(samples, r, world_size, batch) for r in range(world_size)]
