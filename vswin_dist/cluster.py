@@ -41,6 +41,7 @@ from ray.util.metrics import Counter, Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 T = TypeVar("T")
+LEAVES_WITHIN_S = 15.0  # a node that does not answer and is ended on purpose is no member any more
 
 # Ray Train hands these on to the ranks. The first bounds how late a dead rank is seen; without the second, what a rank
 # prints appears twice.
@@ -115,23 +116,41 @@ def address() -> str:
 def on_every_node(function: Callable[..., T], *args: Any, timeout_s: float = 120) -> list[tuple[T, float, float]]:
     """Call `function(*args)` on each node that can hold ranks; its results with the times of sending and of receiving.
 
+    A node that leaves the cluster meanwhile, as an idle one that an autoscaler ends, is passed over with a line.
+
     Raises:
-        PreflightError: a node does not answer in time, or cannot import the function; names it.
+        PreflightError: a node that stays does not answer in time, or cannot import the function; names it. Or all left.
     """
     called = []
     for node in ray.nodes():
         if node["Alive"] and (node["Resources"].get("CPU") or node["Resources"].get("GPU")):
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             remote = ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=there)
-            called.append((node["NodeManagerAddress"], time.time(), remote.remote(*args)))
+            called.append((node, time.time(), remote.remote(*args)))
     found = []
-    for address, sent, reference in called:
+    for node, sent, reference in called:
+        address = node["NodeManagerAddress"]
         try:
             found.append((ray.get(reference, timeout=timeout_s), sent, time.time()))
         except ray.exceptions.RayError as error:
+            if not isinstance(error, ray.exceptions.RayTaskError) and _has_left(node["NodeID"]):
+                print(f"the node {address} left the cluster while it was asked; goes on without it", flush=True)
+                continue
             cause = str(error).strip().splitlines() or [type(error).__name__]
             raise PreflightError(f"the node {address} does not answer, or not as it should: {cause[-1]}") from error
+    if called and not found:
+        raise PreflightError("every node with room for ranks left the cluster meanwhile. Start again once some are back")
     return found
+
+
+def _has_left(node: str) -> bool:
+    """Return True where the node is no member any more, or will be none within `LEAVES_WITHIN_S`."""
+    end = time.monotonic() + LEAVES_WITHIN_S
+    while any(one["NodeID"] == node and one["Alive"] for one in ray.nodes()):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 class FittingWorldSizes(ElasticScalingPolicy):

@@ -1,8 +1,8 @@
 """`make aws-demo`: the loop of infra/aws on this machine, with the files there as they are.
 
 `ray up` and the autoscaler speak to moto, whose instances are hosts here: the head comes up with MLflow, a job has workers
-launched for it, idle workers go, and `ray down` ends all. Secrets come from Secrets Manager by the instances' metadata; S3
-and PostgreSQL stand beside the hosts.
+launched for it, a training goes on that loses one of its two, idle workers go, and `ray down` ends all. Secrets come from
+Secrets Manager by the instances' metadata; S3 and PostgreSQL stand beside the hosts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,17 @@ from infra.local import ec2, hosts, services
 from infra.local.cluster import RAY, free_ports, run_shown
 from infra.local.ec2 import Machines
 from infra.local.record import wait_until
-from infra.local.trials import REPOSITORY, Trial, ending
+from infra.local.trials import (
+    BUCKET,
+    REPOSITORY,
+    Disturbance,
+    Trial,
+    compare,
+    ending,
+    fill_bucket,
+    losses,
+    prepare,
+)
 from vswin_dist.errors import PreflightError, WorkFailed, run_command
 
 STACK = "vswin"
@@ -42,6 +52,11 @@ OVERLAY: dict[str, Any] = {
     "idle_timeout_minutes": 0.5,
     "available_node_types": {"cpu": {"min_workers": 1, "max_workers": 2, "resources": {"CPU": 1}}},
 }
+TRAIN = (
+    *("python", "jobs/train.py", "--recipe", "demo", "training.epochs=4", "optim.warmup_epochs=1"),
+    *("evaluation.every_epochs=4", "training.checkpoint_every=5", f"storage.root={BUCKET}/runs"),
+    f"data.train={BUCKET}/shards/train",
+)
 
 
 @dataclass
@@ -194,6 +209,25 @@ def ask_mlflow(trial: AwsTrial, machines: Machines) -> None:
         found.append(f"{services.ask(experiment)[0]} without an account")
 
 
+def lose_a_worker(trial: AwsTrial, machines: Machines) -> None:
+    """Train on one host, and on two of which one is taken away as EC2 takes back one of the spot market."""
+    fill_bucket(trial)
+    prepare(trial)
+    with trial.step("train on one host") as found:
+        alone = losses(trial, trial.submit(*TRAIN, "run.name=one-host", "training.workers=1"))
+        found.append(f"{len(alone)} steps")
+    loss = Disturbance(trial.record, machines.take)
+    with trial.step("train on two, one is taken away") as found:
+        two = ("python", "infra/aws/with_hosts.py", "--hosts", "2", "--", *TRAIN, "run.name=two-hosts", "training.workers=2")
+        output = trial.submit(*two, meanwhile=loss)
+        loss.check()
+        resumed = re.findall(r"resumed from \S*step-0*(\d+)", output)
+        found.append(
+            f"at step {loss.reached}, resumed from {resumed[-1]} with a new host after {loss.stood_still_s or 0:.0f} s"
+        )
+        found.append(f"losses apart by {compare(alone, losses(trial, output)):.1e} at most")
+
+
 def scale_down(trial: AwsTrial, machines: Machines) -> None:
     """Wait until the worker that is one too many has gone."""
     with trial.step("an idle worker goes") as found:
@@ -223,7 +257,7 @@ def take_steps(trial: AwsTrial) -> None:
         reach = {"AWS_ENDPOINT_URL": place, "AWS_EC2_METADATA_SERVICE_ENDPOINT": place, "AWS_DEFAULT_REGION": ec2.REGION}
         env = {**ON_HOSTS, **reach, "AWS_ENDPOINT_URL_S3": record.services["s3"]}
         with Machines(record, public_key(trial), env) as machines:
-            for step in (ray_up, scale_up, ask_mlflow, scale_down, ray_down):
+            for step in (ray_up, scale_up, ask_mlflow, lose_a_worker, scale_down, ray_down):
                 step(trial, machines)
     except BaseException:
         print(hosts.table(trial.rows), file=sys.stderr)

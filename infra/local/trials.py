@@ -55,16 +55,43 @@ class Trial:
         Raises:
             WorkFailed: it failed.
         """
-        client = self.client()
-        given = {"MLFLOW_TRACKING_URI": client["MLFLOW_TRACKING_URI"], "VSWIN_SOURCE_COMMIT": source_version(REPOSITORY)}
-        words = ["job", "submit", "--working-dir", ".", "--runtime-env-json", json.dumps({"env_vars": given}), "--", *job]
-        print(f"$ ray {shlex.join(words)}", flush=True)
-        outside = {name: client[name] for name in ("RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
-        own = services.base_environment(self.record)
-        code, output = run_shown([RAY, *words], REPOSITORY, {**own, "PYTHONUNBUFFERED": "1", **outside}, meanwhile)
+        code, output = self.attempt(*job, meanwhile=meanwhile)
         if code:
             raise WorkFailed(f"the job {shlex.join(job)} failed: its output stands above")
         return output
+
+    def attempt(self, *job: str, meanwhile: Callable[[str], None] = lambda line: None) -> tuple[int, str]:
+        """Run a job through `ray job submit` to its end; returns its exit code and its output, which is shown."""
+        return self._ray("submit", *self._given(), "--", *job, meanwhile=meanwhile)
+
+    @contextmanager
+    def running(self, name: str, *job: str) -> Iterator[None]:
+        """Keep a job running for the time of the block, and stop it by `ray job stop`.
+
+        Raises:
+            WorkFailed: it was not taken, or could not be stopped.
+        """
+        if self._ray("submit", "--no-wait", f"--submission-id={name}", *self._given(), "--", *job)[0]:
+            raise WorkFailed(f"the job {shlex.join(job)} was not taken: the answer stands above")
+        try:
+            yield
+        finally:
+            code, _ = self._ray("stop", name)
+        if code:
+            raise WorkFailed(f"the job {name} was not stopped: the answer stands above")
+
+    def _given(self) -> list[str]:
+        """Return what is given to every job: its folder and its environment."""
+        given = {"MLFLOW_TRACKING_URI": self.client()["MLFLOW_TRACKING_URI"]}
+        given["VSWIN_SOURCE_COMMIT"] = source_version(REPOSITORY)
+        return ["--working-dir", ".", "--runtime-env-json", json.dumps({"env_vars": given})]
+
+    def _ray(self, *words: str, meanwhile: Callable[[str], None] = lambda line: None) -> tuple[int, str]:
+        """Call `ray job` as a user outside does; returns its exit code and its output, which is shown."""
+        print(f"$ ray job {shlex.join(words)}", flush=True)
+        client, own = self.client(), services.base_environment(self.record)
+        outside = {name: client[name] for name in ("RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
+        return run_shown([RAY, "job", *words], REPOSITORY, {**own, "PYTHONUNBUFFERED": "1", **outside}, meanwhile)
 
 
 @contextmanager
