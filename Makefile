@@ -1,5 +1,5 @@
 # make install | demo | unit | test | faults | check | lint | cluster | cluster-status | cluster-down | cluster-demo |
-# slurm-demo | aws-demo | tracking-demo | kubernetes-dry-run. Needs Python 3.11 and make, and nothing else; for what a cluster
+# fault-demo | image-demo | slurm-demo | aws-demo | tracking-demo | kubernetes-dry-run. Needs Python 3.11 and make, and nothing else; for what a cluster
 # needs see infra/README.md.
 PYTHON ?= python3.11
 VENV := .venv
@@ -8,8 +8,8 @@ DATA ?=
 SEED ?= 0
 NODES ?= 3
 
-.PHONY: install demo unit test faults check lint cluster cluster-status cluster-down cluster-demo slurm-demo \
-	aws-demo tracking-demo kubernetes-dry-run clean
+.PHONY: install demo unit test faults check lint cluster cluster-status cluster-down cluster-demo fault-demo \
+	image-demo slurm-demo aws-demo tracking-demo kubernetes-dry-run clean
 
 install: $(VENV)/installed
 
@@ -58,6 +58,15 @@ cluster-down: install
 
 cluster-demo: install
 	$(BIN)/python -m infra.local.cluster_demo --nodes $(NODES)
+
+# A training on two hosts while links fail, and the head's host.
+fault-demo: install
+	$(BIN)/python -m infra.local.fault_demo
+
+# infra/docker's CPU image, built and run here: needs buildah, podman, runc and mmdebstrap. SEEN="--volume=PLACE:PLACE:ro ..." is
+# what the build is to see of this machine.
+image-demo: install
+	$(BIN)/python -m infra.local.image_demo $(SEEN)
 
 slurm-demo: install
 	$(BIN)/python -m infra.local.slurm_demo

@@ -146,6 +146,7 @@ def make_stack(trial: AwsTrial) -> dict[str, str]:
         values = {one["OutputKey"]: one["OutputValue"] for one in stack["Outputs"] if "OutputValue" in one}
         made = len(formation.list_stack_resources(StackName=STACK)["StackResourceSummaries"])
         found.append(f"{made} resources of those that moto knows")
+        (record.folder / "s3" / values["Bucket"]).mkdir(mode=0o700)  # what moto makes, the S3 server here does not know
         return values | by_hand(trial)
 
 

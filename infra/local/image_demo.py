@@ -83,6 +83,8 @@ def check() -> None:
 
 def make_base(trial: Trial, images: Images) -> None:
     """Make a small Debian, of this machine's sources of packages."""
+    if BASE in images.call("buildah", "images", "--format={{.Name}}:{{.Tag}}").split():
+        return  # kept from the last time
     with trial.step("base, by mmdebstrap") as found, tempfile.TemporaryDirectory(dir=images.folder) as folder:
         base = Path(folder, "base.tar")
         subprocess.run(
@@ -97,7 +99,14 @@ def build(trial: Trial, images: Images) -> None:
     """Build the image as infra/docker/Dockerfile says."""
     with trial.step("build, by buildah") as found:
         seen = [f"--volume={volume}" for volume in images.volumes]
-        words = ("--format=docker", "--isolation=chroot", "--network=host", f"--build-arg=BASE={BASE}", "--target=cpu")
+        words = (
+            "--layers",
+            "--format=docker",
+            "--isolation=chroot",
+            "--network=host",
+            f"--build-arg=BASE={BASE}",
+            "--target=cpu",
+        )
         images.call("buildah", "bud", *words, *seen, "--file=infra/docker/Dockerfile", f"--tag={IMAGE}", ".", shown=True)
         size = json.loads(images.call("podman", "image", "inspect", IMAGE))[0]["Size"]
         found.append(f"{size / 1e9:.2f} GB")
@@ -133,7 +142,7 @@ def container(record: Record, images: Images) -> Iterator[Host]:
 def ray_command(record: Record, host: Host) -> list[str]:
     """Return what the container runs."""
     place = f"{record.head.address}:{record.head.ports['gcs']}"
-    own = [f"--node-ip-address={host.address}", f"--num-cpus={host.cpus}"]
+    own = [f"--node-ip-address={host.address}", f"--num-cpus={host.cpus}", "--temp-dir=/tmp/ray"]  # else that of the head
     return ["ray", "start", "--block", f"--address={place}", *own, f"--object-store-memory={hosts.OBJECT_STORE_BYTES}"]
 
 
@@ -202,13 +211,12 @@ def take_steps(trial: Trial, images: Images) -> None:
         raise
 
 
-def run(folder: Path, volumes: list[str]) -> int:
+def run(folder: Path, store: Path, keep: bool, volumes: list[str]) -> int:
     """Start a cluster without workers, take the steps, end all, and print the table."""
     check()
     began = time.monotonic()
     trial = Trial(hosts.up(folder, 0, 1))
-    store = folder / "images"
-    store.mkdir()
+    store.mkdir(parents=True, exist_ok=True)
     (store / "storage.conf").write_text(
         f'[storage]\ndriver = "overlay"\ngraphroot = "{store}/graph"\nrunroot = "{store}/run"\n'
     )
@@ -218,8 +226,11 @@ def run(folder: Path, volumes: list[str]) -> int:
             take_steps(trial, images)
         finally:
             images.call("podman", "rm", "--all", "--force")
-            images.call("podman", "rmi", "--all", "--force")
+            if not keep:
+                images.call("podman", "rmi", "--all", "--force")
             subprocess.run(["umount", f"{store}/graph/overlay"], capture_output=True)  # where the driver mounted it
+            if not keep:
+                shutil.rmtree(store)
     return 0
 
 
@@ -227,11 +238,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(f"{hosts.FOLDER}-image"), help="of its cluster (%(default)s)")
     given = "what the build is to see of this machine, such as pip's configuration; can be given several times"
+    kept = "keep the images in DIR, by which the next build is short; else nothing is left"
+    parser.add_argument("--store", type=Path, metavar="DIR", help=kept)
     parser.add_argument("--volume", action="append", default=[], metavar="PLACE:PLACE:ro", help=given)
     args = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, hosts.stop)
-    return run(args.folder.absolute(), args.volume)
+    folder = args.folder.absolute()
+    store = (args.store or Path(f"{folder}-store")).absolute()
+    return run(folder, store, args.store is not None, args.volume)
 
 
 if __name__ == "__main__":

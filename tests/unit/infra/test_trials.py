@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from infra.local import hosts, services
+from infra.local.fault_demo import Fault, disturbed
 from infra.local.record import Host, Record, wait_until
 from infra.local.secret_search import SecretSearch
 from infra.local.tracking_demo import user_environment
-from infra.local.trials import Disturbance, compare, ranks_on
+from infra.local.trials import Disturbance, Trial, compare, ranks_on
 from vswin_dist.errors import WorkFailed
 
 LISTEN = "import socket\nserver = socket.create_server(('127.0.0.1', {port}))\nwhile True: server.accept()[0].close()"
@@ -50,6 +52,34 @@ def test_a_host_with_a_rank_is_disturbed_once_and_progress_is_waited_for(record:
     fault("step 15/30")
     assert len(done) == 1 and fault.stood_still_s is not None and fault.placed == {"worker1": 1, "worker2": 1}
     fault.check()
+
+
+class Lost(Trial):
+    """A trial whose first job is lost with the host that the fault is of."""
+
+    tries = 0
+
+    def submit(self, *job: str, meanwhile: Callable[[str], None] = lambda line: None) -> str:
+        self.tries += 1
+        meanwhile("step 10/30" if self.tries == 1 else "step 15/30")
+        if self.tries == 1:
+            raise WorkFailed("the head does not answer")
+        return " ".join(job)
+
+
+def test_the_command_is_given_again_where_the_head_is_lost_and_only_there(
+    record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert wait_until(lambda: ranks_on(record, record.hosts["worker2"]) == 1, 60)
+    waited: list[set[str]] = []
+    monkeypatch.setattr(hosts, "wait_for_hosts", lambda _, names: waited.append(names))
+    done: list[str] = []
+    fault = Fault("the head is lost", lambda _, host: done.append(host.name), on_head=True)
+    disturbance, output = disturbed(trial := Lost(record), fault, "again")
+    assert done == ["head"] and trial.tries == 2 and waited == [{"head", "worker1", "worker2"}]
+    assert "run.name=again" in output and disturbance.stood_still_s is not None
+    with pytest.raises(WorkFailed, match="does not answer"):
+        disturbed(Lost(record), replace(fault, on_head=False), "again")
 
 
 def test_losses_are_the_same_or_it_is_said() -> None:
