@@ -122,7 +122,8 @@ def container(record: Record, images: Images) -> Iterator[Host]:
     services.write_secret(token, made["ray_token"])
     os.chown(token, USER, USER)
     given = {k: v for k, v in hosts.host_environment(record, host, made).items() if k not in OF_THE_IMAGE}
-    services.write_secret(env, "".join(f"{k}={v}\n" for k, v in {**given, "RAY_AUTH_TOKEN_PATH": TOKEN}.items()))
+    given |= {"RAY_AUTH_TOKEN_PATH": TOKEN, "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL": "minor"}  # the head's may be 3.11.7
+    services.write_secret(env, "".join(f"{k}={v}\n" for k, v in given.items()))
     try:
         network.command("ip", "netns", "add", name)
         network.command("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", name)
@@ -154,7 +155,12 @@ def look_at(trial: Trial, images: Images, host: Host) -> None:
     """
     name = f"vsw{trial.record.number}c{host.number}"
     with trial.step("the container joins") as found:
-        if not wait_until(lambda: host.name in hosts.joined(trial.record), 120):
+        running = ("inspect", "--format={{.State.Running}}", name)
+        wait_until(
+            lambda: host.name in hosts.joined(trial.record) or "true" not in images.call("podman", *running),
+            hosts.START_TIMEOUT_S,
+        )
+        if host.name not in hosts.joined(trial.record):
             raise WorkFailed(f"it does not join; its log ends:\n{images.call('podman', 'logs', '--tail=30', name)}")
         images.call("podman", "healthcheck", "run", name)  # fails where it is not well
         user = images.call("podman", "exec", name, "id", "--user").strip()

@@ -20,8 +20,9 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from infra.local import motions
+from infra.local import motions, services
 from infra.local.cluster import Cluster
+from infra.local.secret_search import SecretSearch
 from tests.support.line import REPOSITORY, SMALL, Line
 from tests.support.mlflow_server import mlflow_server
 from tests.support.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server
@@ -65,7 +66,8 @@ class Project:
     def __init__(self, line: Line, cluster: Cluster, s3: S3Server, tracking_uri: str) -> None:
         import fsspec
 
-        self.line, self.tracking_uri = line, tracking_uri
+        self.line, self.tracking_uri, self.cluster, self.store = line, tracking_uri, cluster, s3
+        self.printed: list[str] = []
         self.s3 = fsspec.filesystem("s3", key=ACCESS_KEY, secret=SECRET_KEY, endpoint_url=s3.endpoint)
         self.environment = line.environment | s3.environment | cluster.env
         self.environment |= {"RAY_API_SERVER_ADDRESS": cluster.dashboard, "PYTHONPATH": str(REPOSITORY)}
@@ -90,6 +92,7 @@ class Project:
             timeout=400,
         )
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-6000:]}"
+        self.printed.append(done.stdout)
         return done.stdout
 
 
@@ -141,6 +144,23 @@ def test_the_five_commands_of_a_project(project: Project, tmp_path: Path) -> Non
     [url] = [w for w in predicting if URL.fullmatch(w)]
     project.put(next((tmp_path / "0").glob("*/*.mp4")), url)
     assert project.run(predicting).count("%") == 5
+    assert secret_places(project, tmp_path) > 500
+
+
+def secret_places(project: Project, tmp_path: Path) -> int:
+    """Look for each secret in all that was written, logged, uploaded or answered; the number of places."""
+    token = project.cluster.env["RAY_AUTH_TOKEN"]
+    search = SecretSearch([ACCESS_KEY, SECRET_KEY, token])
+    heads = list(Path(os.environ["RAY_TMPDIR"]).glob("vswin-ray-*"))
+    assert any((head / "session_latest").exists() for head in heads)
+    for folder in (*heads, tmp_path, project.store.folder):
+        search.below(folder)
+    code, jobs = services.ask(f"{project.cluster.dashboard}/api/jobs/", token=token)
+    assert code == 200 and b"jobs/train.py" in jobs
+    search.text("the list of jobs", jobs.decode())
+    search.text("what the commands printed", "\n".join(project.printed))
+    search.check()
+    return search.places
 
 
 def check_run(project: Project, name: str, start: str) -> None:
