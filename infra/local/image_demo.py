@@ -133,7 +133,8 @@ def container(record: Record, images: Images) -> Iterator[Host]:
             network.command("ip", "netns", "exec", name, *words)
         files = min(65536, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
         limits = (f"--ulimit=nofile={files}:{files}", "--ulimit=nproc=4096:4096", "--shm-size=2g")
-        run = ("run", "--detach", f"--name={name}", f"--network=ns:/run/netns/{name}", *limits, f"--env-file={env}")
+        known = (f"--hostname={name}", f"--add-host={name}:{host.address}")  # gloo asks for its own name's address
+        run = ("run", "--detach", f"--name={name}", f"--network=ns:/run/netns/{name}", *known, *limits, f"--env-file={env}")
         images.call("podman", *run, f"--volume={token}:{TOKEN}:ro", IMAGE, *ray_command(record, host))
         yield host
     finally:

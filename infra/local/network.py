@@ -153,6 +153,7 @@ def set_rate(record: Record, host: Host, mbit: float | None) -> None:
 
 def worsen(record: Record, host: Host, round_trip_ms: float, loss: float) -> None:
     """Put a relay in place of the host's cable that holds frames back and loses a fraction `loss` of them, both ways."""
+    host = record.hosts[host.name]
     if host.round_trip_ms is not None:
         mend(record, host)
     if host.rate_mbit is not None:
@@ -167,7 +168,8 @@ def worsen(record: Record, host: Host, round_trip_ms: float, loss: float) -> Non
 
 
 def mend(record: Record, host: Host) -> Host:
-    """Take away what was done to the host's link; returns the host as it is then."""
+    """Take away what was done to the host's link, as the record has it by now; returns the host as it is then."""
+    host = record.hosts[host.name]
     record.end(f"relay-{host.name}", signal.SIGKILL)
     (record.folder / "log" / f"relay-{host.name}.log").unlink(missing_ok=True)
     if first_process(record, host.name) is not None:
