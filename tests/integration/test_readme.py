@@ -107,6 +107,7 @@ def project(line: Line, cluster: Cluster, object_store: S3Server, tmp_path: Path
 
 @pytest.mark.faults
 def test_the_five_commands_of_a_project(project: Project, tmp_path: Path) -> None:
+    before = searched(project, tmp_path)
     given = [words for words in commands() if words[0] != "make"]
     kinds = [kind(words) for words in given]
     assert [k for i, k in enumerate(kinds) if k != kinds[i - 1]] == FIVE
@@ -144,23 +145,28 @@ def test_the_five_commands_of_a_project(project: Project, tmp_path: Path) -> Non
     [url] = [w for w in predicting if URL.fullmatch(w)]
     project.put(next((tmp_path / "0").glob("*/*.mp4")), url)
     assert project.run(predicting).count("%") == 5
-    assert secret_places(project, tmp_path) > 500
+    after = searched(project, tmp_path)
+    assert after.places > 500 and "jobs/train.py" in job_list(project)
+    assert not set(after.wrong) - set(before.wrong), "no secret stands where none stood"
 
 
-def secret_places(project: Project, tmp_path: Path) -> int:
-    """Look for each secret in all that was written, logged, uploaded or answered; the number of places."""
-    token = project.cluster.env["RAY_AUTH_TOKEN"]
-    search = SecretSearch([ACCESS_KEY, SECRET_KEY, token])
+def searched(project: Project, tmp_path: Path) -> SecretSearch:
+    """Look for each secret in all that was written, logged, uploaded or answered, by other tests of the session too."""
+    search = SecretSearch([ACCESS_KEY, SECRET_KEY, project.cluster.env["RAY_AUTH_TOKEN"]])
     heads = list(Path(os.environ["RAY_TMPDIR"]).glob("vswin-ray-*"))
     assert any((head / "session_latest").exists() for head in heads)
     for folder in (*heads, tmp_path, project.store.folder):
         search.below(folder)
-    code, jobs = services.ask(f"{project.cluster.dashboard}/api/jobs/", token=token)
-    assert code == 200 and b"jobs/train.py" in jobs
-    search.text("the list of jobs", jobs.decode())
+    search.text("the list of jobs", job_list(project))
     search.text("what the commands printed", "\n".join(project.printed))
-    search.check()
-    return search.places
+    return search
+
+
+def job_list(project: Project) -> str:
+    """What Ray's job server says of all jobs."""
+    code, jobs = services.ask(f"{project.cluster.dashboard}/api/jobs/", token=project.cluster.env["RAY_AUTH_TOKEN"])
+    assert code == 200
+    return jobs.decode()
 
 
 def check_run(project: Project, name: str, start: str) -> None:
