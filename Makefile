@@ -1,6 +1,6 @@
 # make install | demo | unit | test | faults | check | lint | cluster | cluster-status | cluster-down | cluster-demo |
-# fault-demo | image-demo | slurm-demo | aws-demo | tracking-demo | kubernetes-dry-run. Needs Python 3.11 and make, and nothing else; for what a cluster
-# needs see infra/README.md.
+# fault-demo | image-demo | slurm-demo | aws-demo | tracking-demo | kubernetes-dry-run. Needs Python 3.11 and make, and nothing
+# else; for what a cluster needs see infra/README.md.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin

@@ -26,8 +26,8 @@ from infra.local.cluster import RAY, free_ports, run_shown
 from infra.local.ec2 import Machines
 from infra.local.record import wait_until
 from infra.local.trials import (
-    BUCKET,
     REPOSITORY,
+    TRAIN,
     Disturbance,
     Trial,
     compare,
@@ -52,11 +52,6 @@ OVERLAY: dict[str, Any] = {
     "idle_timeout_minutes": 0.5,
     "available_node_types": {"cpu": {"min_workers": 1, "max_workers": 2, "resources": {"CPU": 1}}},
 }
-TRAIN = (
-    *("python", "jobs/train.py", "--recipe", "demo", "training.epochs=4", "optim.warmup_epochs=1"),
-    *("evaluation.every_epochs=4", "training.checkpoint_every=5", f"storage.root={BUCKET}/runs"),
-    f"data.train={BUCKET}/shards/train",
-)
 
 
 @dataclass

@@ -18,14 +18,9 @@ from pathlib import Path
 
 from infra.local import hosts, network
 from infra.local.record import Host, Record
-from infra.local.trials import BUCKET, Disturbance, Trial, compare, ending, fill_bucket, losses, prepare
+from infra.local.trials import TRAIN, Disturbance, Trial, compare, ending, fill_bucket, losses, prepare
 from vswin_dist.errors import WorkFailed, run_command
 
-TRAIN = (
-    *("python", "jobs/train.py", "--recipe", "demo", "training.workers=2", "training.epochs=4", "optim.warmup_epochs=1"),
-    *("evaluation.every_epochs=4", "training.checkpoint_every=5", f"storage.root={BUCKET}/runs"),
-    f"data.train={BUCKET}/shards/train",
-)
 CUT_S = 10.0
 BAD_S, ROUND_TRIP_MS, LOSS = 40.0, 200.0, 0.05  # how long a link is bad, and how
 HEAD_IS_AWAY_S = 5.0
@@ -81,7 +76,7 @@ FAULTS = (
 
 def train(trial: Trial, name: str, disturbance: Callable[[str], None] = lambda line: None) -> str:
     """Train to the end; returns what the training printed."""
-    return trial.submit(*TRAIN, f"run.name={name}", meanwhile=disturbance)
+    return trial.submit(*TRAIN, "training.workers=2", f"run.name={name}", meanwhile=disturbance)
 
 
 def disturbed(trial: Trial, fault: Fault, name: str) -> tuple[Disturbance, str]:

@@ -28,7 +28,7 @@ from infra.local.secret_search import SecretSearch
 from infra.local.trials import BUCKET, REPOSITORY, Trial, ending, fill_bucket, prepare
 from vswin_dist.errors import PreflightError, WorkFailed, run_command
 
-PROGRAMS = {name: name for name in ("buildah", "podman", "runc", "mmdebstrap")}  # -> Debian's package
+PROGRAMS = ("buildah", "podman", "runc", "mmdebstrap")  # as Debian calls their packages, too
 BASE, IMAGE = "localhost/vswin-base:trial", "localhost/vswin-cpu:trial"
 SUITE, SOURCES = "bookworm", Path("/etc/apt/sources.list.d/debian.sources")
 USER = 1000  # of the image
@@ -78,7 +78,7 @@ def check() -> None:
     if reason := network.why_not():
         raise PreflightError(f"a container takes a network of its own: {reason}")
     if absent := [name for name in PROGRAMS if not shutil.which(name)]:
-        raise PreflightError(f"there is no {absent[0]}: apt-get install {' '.join(PROGRAMS[name] for name in absent)}")
+        raise PreflightError(f"there is no {absent[0]}: apt-get install {' '.join(absent)}")
 
 
 def make_base(trial: Trial, images: Images) -> None:

@@ -23,6 +23,11 @@ REPOSITORY = Path(__file__).parents[2]
 TRAIN_VIDEOS, VAL_VIDEOS = 240, 60  # 15 steps of an epoch of 16
 BUCKET = f"s3://{services.DATA_BUCKET}"
 MODEL = "motions"
+TRAIN = (  # 60 steps, without a validation
+    *("python", "jobs/train.py", "--recipe", "demo", "training.epochs=4", "optim.warmup_epochs=1"),
+    *("evaluation.every_epochs=4", "training.checkpoint_every=5", f"storage.root={BUCKET}/runs"),
+    f"data.train={BUCKET}/shards/train",
+)
 SAME = 1e-5  # what losses may differ by on other numbers of ranks
 STEP = re.compile(r"step +(\d+)/(\d+)")
 

@@ -33,6 +33,8 @@ try:
 except PreflightError as error:
     assert "does not answer, or not as it should: ValueError: broken there" in str(error), error
     assert time.monotonic() - began < 10, "nobody waits for a node that answered"
+else:
+    raise AssertionError("what a node answered with an error is refused")
 threading.Timer(3, cluster.remove_node, (goes,)).start()
 print([answer for answer, *_ in on_every_node(asked, 12)] == [stays.node_id])
 threading.Timer(3, cluster.remove_node, (stays,)).start()
