@@ -14,6 +14,7 @@ BENCHMARKS = {  # modules of vswin_dist.benchmarks -> what they measure
     "manifest": "opening of manifests of up to ten million samples, their memory in the processes of a node, the plan",
     "planning": "peak memory and step time of training, predicted and measured, for eight settings on two CPU ranks",
     "overhead": "what Ray, DeepSpeed, the loader and MLflow add to a step, beside plain PyTorch and torchrun",
+    "scaling": "what more ranks of a Ray cluster read and train in a second, each with the same load",
     "loader": "fetching, decoding and augmenting of clips on one core, beside the usual readers",
     "serving": "requests per second and latency of a served model, beside MLflow's server, with broken videos",
     "views": "scoring of all views of a video together, beside one view at a time",

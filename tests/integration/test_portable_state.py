@@ -1,5 +1,8 @@
 """The engine's state keyed by parameter name moves between ZeRO stages and numbers of ranks without changing a step."""
 
+import contextlib
+import io
+
 import pytest
 import torch
 
@@ -76,3 +79,16 @@ def _fp32_weights() -> float:
     training = TrainingSettings(workers=2, micro_batch=1, zero_stage=2, precision="bf16")
     engine = Engine(model, parameter_groups(model, OPTIM), training, OPTIM, 1, torch.device("cpu"))
     return max(float((t - exact[n]).abs().max()) for n, t in engine.weights())
+
+
+def test_nothing_is_printed_as_an_engine_starts() -> None:
+    assert run_ranks(1, _printed)[0] == ""
+
+
+def _printed() -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        for stage in range(4):
+            model = Net()
+            training = TrainingSettings(micro_batch=1, zero_stage=stage, precision="bf16")
+            Engine(model, parameter_groups(model, OPTIM), training, OPTIM, 1, torch.device("cpu"))
+    return printed.getvalue()

@@ -258,6 +258,7 @@ OWN: dict[str, dict[str, Any]] = {  # this project's recipes
         "data.erasing": 0.25,
         "training.workers": 1,
         "training.global_batch": 32,
+        "training.micro_batch": 16,
         "optim.lr": 5e-4,
         "optim.gradient_clipping": 1.0,
         "optim.label_smoothing": 0.1,
