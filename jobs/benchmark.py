@@ -15,6 +15,7 @@ BENCHMARKS = {  # modules of vswin_dist.benchmarks -> what they measure
     "planning": "peak memory and step time of training, predicted and measured, for eight settings on two CPU ranks",
     "overhead": "what Ray, DeepSpeed, the loader and MLflow add to a step, beside plain PyTorch and torchrun",
     "scaling": "what more ranks of a Ray cluster read and train in a second, each with the same load",
+    "rendezvous": "how long thousands of ranks take to meet at one store",
     "loader": "fetching, decoding and augmenting of clips on one core, beside the usual readers",
     "serving": "requests per second and latency of a served model, beside MLflow's server, with broken videos",
     "views": "scoring of all views of a video together, beside one view at a time",
