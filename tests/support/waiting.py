@@ -6,6 +6,8 @@ import fnmatch
 import os
 import subprocess
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +34,17 @@ def start_server(
         if hangs:
             break
     raise RuntimeError(f"the server did not start; its log ends:\n{log.read_text(errors='replace')[-3000:]}")
+
+
+def answers(url: str) -> bool:
+    """Whether anything answers at `url`, be it that it refuses for want of keys."""
+    try:
+        urllib.request.urlopen(url, timeout=10).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def below(folder: Path, pattern: str) -> list[Path]:

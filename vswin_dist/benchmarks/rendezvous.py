@@ -12,7 +12,7 @@ import multiprocessing
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from multiprocessing.connection import Connection
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -30,38 +30,59 @@ class Met:
     given: float
 
 
-def take_part(port: int, ranks: int, start: Any, found: Any, told: Any) -> None:
-    """Be `ranks` of the ranks."""
-    start.wait()
+def take_part(port: int, ranks: int, line: Connection) -> None:
+    """Be `ranks` of the ranks; `line` leads to who measures."""
+    line.send(time.monotonic())  # torch is imported
+    line.recv()
     stores = [TCPStore(HOST, port, is_master=False, timeout=LIMIT, wait_for_workers=False) for _ in range(ranks)]
-    found.put(time.monotonic())
+    line.send(time.monotonic())
     for store in stores:
         store.add(HERE, 1)
     for store in stores:
         store.get(ALL_HERE)
-    found.put(time.monotonic())
-    told.wait()  # a connection that ends is work for the store
+    line.send(time.monotonic())
+    line.recv()  # until it is ended: a connection that closes is work for the store
+
+
+def last(lines: list[Connection]) -> float:
+    """Return when the last of the processes came to its next message; EOFError where one has ended instead."""
+    return max(line.recv() for line in lines)
 
 
 def meet(ranks: int, processes: int) -> Met:
-    """Let `ranks` ranks meet, of which each of `processes` processes is as many."""
+    """Let `ranks` ranks meet, of which each of `processes` processes is as many.
+
+    Raises:
+        RuntimeError: a process has ended before.
+    """
     context = multiprocessing.get_context("spawn")
-    start, found, told = context.Barrier(processes + 1), context.Queue(), context.Event()
     master = TCPStore(HOST, 0, is_master=True, timeout=LIMIT, wait_for_workers=False)
-    shares = [ranks // processes + (number < ranks % processes) for number in range(processes)]
-    workers = [context.Process(target=take_part, args=(master.port, share, start, found, told)) for share in shares]
-    for worker in workers:
-        worker.start()
-    start.wait()  # they have imported torch
-    began = time.monotonic()
-    connected = max(found.get() for _ in workers) - began
-    while master.add(HERE, 0) < ranks:
-        time.sleep(0.001)
-    master.set(ALL_HERE, "x" * 128)
-    given = max(found.get() for _ in workers) - began
-    told.set()
-    for worker in workers:
-        worker.join()
+    workers, lines = [], []
+    for number in range(processes):
+        line, other = context.Pipe()
+        share = ranks // processes + (number < ranks % processes)
+        workers.append(context.Process(target=take_part, args=(master.port, share, other)))
+        workers[-1].start()
+        other.close()  # so that the process alone holds its end
+        lines.append(line)
+    try:
+        last(lines)
+        began = time.monotonic()
+        for line in lines:
+            line.send(None)
+        connected = last(lines) - began
+        while master.add(HERE, 0) < ranks:
+            if not all(worker.is_alive() for worker in workers):
+                raise EOFError
+            time.sleep(0.001)
+        master.set(ALL_HERE, "x" * 128)
+        given = last(lines) - began
+    except (EOFError, BrokenPipeError):
+        raise RuntimeError("a process that makes ranks' connections has ended; what it printed stands above") from None
+    finally:
+        for worker in workers:
+            worker.terminate()
+            worker.join()
     return Met(connected, given)
 
 
