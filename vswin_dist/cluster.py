@@ -22,6 +22,7 @@ from vswin_dist.errors import PreflightError, RanksFailed, heed_interrupts
 os.environ["HOME"] = str(local_files.user_home())  # Ray asks for a home folder, from its import on; its processes inherit it
 
 import ray
+from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
@@ -203,6 +204,9 @@ class FittingTrainer(TorchTrainer):
         return [c for c in super()._create_default_callbacks() if not isinstance(c, self.UNUSED)]
 
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
+        # The controller, on this node too, gives this process five seconds from the call that starts it, and a traceback
+        # where imports take longer: it starts beside the controller.
+        get_or_create_autoscaling_coordinator()
         if self.scaling_config.elasticity_enabled:
             kwargs["scaling_policy"] = FittingWorldSizes(self.scaling_config, self.world_sizes)
         return super()._initialize_and_run_controller(**kwargs)

@@ -103,7 +103,7 @@ def prepare(demo: Demo, data: Path | None) -> dict[str, int] | None:
     if data is None:
         began = time.perf_counter()
         for part, count, offset in (("train", TRAIN_VIDEOS, 0), ("val", VAL_VIDEOS, 1)):
-            motions.make_dataset(demo.folder / "videos" / part, count, 2 * demo.seed + offset)
+            motions.make_dataset(demo.folder / "videos" / part, count, 2 * demo.seed + offset, os.cpu_count() or 1)
         (demo.folder / "classes.txt").write_text("".join(f"{m}\n" for m in motions.MOTIONS))
         with open(demo.folder / "videos" / "train" / "index.csv", newline="") as file:
             labels = {r["path"]: motions.SHAPES.index(r["shape"]) for r in csv.DictReader(file)}
@@ -140,10 +140,12 @@ def prepare(demo: Demo, data: Path | None) -> dict[str, int] | None:
     return labels
 
 
-def lengthened(clips: int) -> list[str]:
-    """Return the settings that train on a set of fewer clips than the rendered one for as many steps, scored as often."""
+def of_own_videos(clips: int) -> list[str]:
+    """Return what differs for a user's videos: random crops, and as many steps, scored as often, if there are fewer clips."""
     recipe, times = load_settings("demo", ["data.train=any"]), max(TRAIN_VIDEOS / clips, 1)
     return [
+        "data.crop_scale=[0.7,1.0]",
+        "data.crop_ratio=[0.8,1.25]",
         f"training.epochs={round(recipe.training.epochs * times)}",
         f"optim.warmup_epochs={recipe.optim.warmup_epochs * times:g}",
         f"evaluation.every_epochs={round(recipe.evaluation.every_epochs * times)}",
@@ -186,7 +188,7 @@ def run(seed: int, data: Path | None, extra: list[str]) -> int:
     labels = prepare(demo, data)
     sets = [f"data.{part}={demo.folder / 'shards' / part}" for part in ("train", "val")]
     clips = len(read_manifest(sets[0].partition("=")[2]).samples)
-    overrides = [f"run.name={name}", "run.fresh=true", f"run.seed={seed}", *sets, *lengthened(clips), *extra]
+    overrides = [f"run.name={name}", "run.fresh=true", f"run.seed={seed}", *sets, *(of_own_videos(clips) if data else ()), *extra]
     settings = load_settings("demo", overrides)
 
     print("\ntraining a small 2D Swin on still frames", flush=True)

@@ -8,6 +8,9 @@ nor a set of frames without order tells the class. Objects leave one edge and en
 from __future__ import annotations
 
 import csv
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import av
@@ -75,19 +78,28 @@ def write_video(path: Path, frames: NDArray[np.uint8]) -> None:
         container.mux(stream.encode())
 
 
-def make_dataset(folder: Path, videos: int, seed: int) -> Path:
+def make_video(folder: Path, number: int, seed: int) -> dict[str, str]:
+    """Render one clip below `folder`; its row of the index."""
+    rng = np.random.default_rng([seed, number])
+    motion, shape = MOTIONS[number % len(MOTIONS)], str(rng.choice(SHAPES))
+    name = f"{motion}/{number:05d}.mp4"
+    write_video(folder / name, render(motion, shape, rng))
+    return {"path": name, "label": motion, "shape": shape}
+
+
+def make_dataset(folder: Path, videos: int, seed: int, processes: int = 1) -> Path:
     """Render `videos` clips below `folder`, the classes in turn, with `index.csv` (path, label, shape).
 
     The same seed gives the same files. Returns the folder.
     """
-    rows = []
-    for number in range(videos):
-        rng = np.random.default_rng([seed, number])
-        motion, shape = MOTIONS[number % len(MOTIONS)], str(rng.choice(SHAPES))
-        name = f"{motion}/{number:05d}.mp4"
+    for motion in MOTIONS:
         (folder / motion).mkdir(parents=True, exist_ok=True)
-        write_video(folder / name, render(motion, shape, rng))
-        rows.append({"path": name, "label": motion, "shape": shape})
+    one = partial(make_video, folder, seed=seed)
+    if processes > 1:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            rows = list(pool.map(one, range(videos), chunksize=8))
+    else:
+        rows = [one(number) for number in range(videos)]
     with open(folder / "index.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=["path", "label", "shape"])
         writer.writeheader()

@@ -1,9 +1,12 @@
-"""What Ray Train is told to leave out."""
+"""What Ray Train is told to leave out, and what is started for it."""
 
 from __future__ import annotations
 
+import pytest
 from ray.train import ScalingConfig
+from ray.train.torch import TorchTrainer
 
+from vswin_dist import cluster
 from vswin_dist.cluster import FittingTrainer
 
 
@@ -12,3 +15,12 @@ def test_no_process_is_started_that_may_ask_another_cluster_or_serves_datasets()
     trainer = FittingTrainer(print, world_sizes=(1,), scaling_config=ScalingConfig(num_workers=1))
     names = {type(callback).__name__ for callback in trainer._create_default_callbacks()}
     assert names and not [name for name in names if "Cleaner" in name or "Datasets" in name], names
+
+
+def test_the_coordinator_starts_before_the_controller_that_asks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray gives it five seconds from the controller's first question, and imports can take longer."""
+    begun: list[str] = []
+    monkeypatch.setattr(cluster, "get_or_create_autoscaling_coordinator", lambda: begun.append("coordinator"))
+    monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", lambda self, **given: begun.append("controller"))
+    FittingTrainer(print, world_sizes=(1,), scaling_config=ScalingConfig(num_workers=1))._initialize_and_run_controller()
+    assert begun == ["coordinator", "controller"]

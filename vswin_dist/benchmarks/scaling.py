@@ -30,7 +30,7 @@ from vswin_dist.training.run_record import runs_root
 JOBS = Path(__file__).parents[2] / "jobs"
 FIRST = 5  # steps of a loader that are not counted: its processes start, and read ahead
 TRAINED = re.compile(r"([\d.]+) clips/s")
-PREPARED = re.compile(r"([\d.]+)/s, \d+ rejected")
+PREPARED = re.compile(r"([\d.]+)/s, [\d,]+ rejected")
 
 
 def read(config: dict[str, Any]) -> None:
