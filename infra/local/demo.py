@@ -141,7 +141,7 @@ def prepare(demo: Demo, data: Path | None) -> dict[str, int] | None:
 
 
 def of_own_videos(clips: int) -> list[str]:
-    """Return what differs for a user's videos: random crops, and as many steps, scored as often, if there are fewer clips."""
+    """Return what differs for a user's videos: random crops, and as many steps, scored as often, of fewer clips."""
     recipe, times = load_settings("demo", ["data.train=any"]), max(TRAIN_VIDEOS / clips, 1)
     return [
         "data.crop_scale=[0.7,1.0]",
@@ -188,7 +188,8 @@ def run(seed: int, data: Path | None, extra: list[str]) -> int:
     labels = prepare(demo, data)
     sets = [f"data.{part}={demo.folder / 'shards' / part}" for part in ("train", "val")]
     clips = len(read_manifest(sets[0].partition("=")[2]).samples)
-    overrides = [f"run.name={name}", "run.fresh=true", f"run.seed={seed}", *sets, *(of_own_videos(clips) if data else ()), *extra]
+    own = of_own_videos(clips) if data else []
+    overrides = [f"run.name={name}", "run.fresh=true", f"run.seed={seed}", *sets, *own, *extra]
     settings = load_settings("demo", overrides)
 
     print("\ntraining a small 2D Swin on still frames", flush=True)
