@@ -140,12 +140,10 @@ def prepare(demo: Demo, data: Path | None) -> dict[str, int] | None:
     return labels
 
 
-def of_own_videos(clips: int) -> list[str]:
-    """Return what differs for a user's videos: random crops, and as many steps, scored as often, of fewer clips."""
+def lengthened(clips: int) -> list[str]:
+    """Return the settings that train on a set of fewer clips than the rendered one for as many steps, scored as often."""
     recipe, times = load_settings("demo", ["data.train=any"]), max(TRAIN_VIDEOS / clips, 1)
     return [
-        "data.crop_scale=[0.7,1.0]",
-        "data.crop_ratio=[0.8,1.25]",
         f"training.epochs={round(recipe.training.epochs * times)}",
         f"optim.warmup_epochs={recipe.optim.warmup_epochs * times:g}",
         f"evaluation.every_epochs={round(recipe.evaluation.every_epochs * times)}",
@@ -188,8 +186,7 @@ def run(seed: int, data: Path | None, extra: list[str]) -> int:
     labels = prepare(demo, data)
     sets = [f"data.{part}={demo.folder / 'shards' / part}" for part in ("train", "val")]
     clips = len(read_manifest(sets[0].partition("=")[2]).samples)
-    own = of_own_videos(clips) if data else []
-    overrides = [f"run.name={name}", "run.fresh=true", f"run.seed={seed}", *sets, *own, *extra]
+    overrides = [f"run.name={name}", "run.fresh=true", f"run.seed={seed}", *sets, *lengthened(clips), *extra]
     settings = load_settings("demo", overrides)
 
     print("\ntraining a small 2D Swin on still frames", flush=True)

@@ -46,7 +46,7 @@ def take_part(port: int, ranks: int, line: Connection) -> None:
 
 def last(lines: list[Connection]) -> float:
     """Return when the last of the processes came to its next message; EOFError where one has ended instead."""
-    return max(line.recv() for line in lines)
+    return float(max(line.recv() for line in lines))
 
 
 def meet(ranks: int, processes: int) -> Met:
