@@ -33,6 +33,7 @@ from vswin_dist.tracking.provenance import source_version
 from vswin_dist.tracking.run import tracking_uri
 
 TRAIN_VIDEOS, VAL_VIDEOS = 1200, 300
+RENDERERS = min(os.cpu_count() or 1, 8)  # processes
 REPOSITORY = Path(__file__).parents[2]
 VIDEO_ENDINGS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".mpg", ".mpeg", ".m4v")
 
@@ -103,7 +104,7 @@ def prepare(demo: Demo, data: Path | None) -> dict[str, int] | None:
     if data is None:
         began = time.perf_counter()
         for part, count, offset in (("train", TRAIN_VIDEOS, 0), ("val", VAL_VIDEOS, 1)):
-            motions.make_dataset(demo.folder / "videos" / part, count, 2 * demo.seed + offset, os.cpu_count() or 1)
+            motions.make_dataset(demo.folder / "videos" / part, count, 2 * demo.seed + offset, RENDERERS)
         (demo.folder / "classes.txt").write_text("".join(f"{m}\n" for m in motions.MOTIONS))
         with open(demo.folder / "videos" / "train" / "index.csv", newline="") as file:
             labels = {r["path"]: motions.SHAPES.index(r["shape"]) for r in csv.DictReader(file)}
