@@ -204,8 +204,8 @@ class FittingTrainer(TorchTrainer):
         return [c for c in super()._create_default_callbacks() if not isinstance(c, self.UNUSED)]
 
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
-        # The controller, on this node too, gives this process five seconds from the call that starts it, and a traceback
-        # where imports take longer: it starts beside the controller.
+        # Ray has the controller start this process, on the same node, give it five seconds with its imports, and print a
+        # traceback where these take longer. It starts beside the controller instead.
         get_or_create_autoscaling_coordinator()
         if self.scaling_config.elasticity_enabled:
             kwargs["scaling_policy"] = FittingWorldSizes(self.scaling_config, self.world_sizes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from vswin_dist.benchmarks import rendezvous
@@ -16,12 +18,20 @@ def test_all_ranks_meet(capsys: pytest.CaptureFixture[str]) -> None:
     assert ranks == 5 and 0 <= connected <= given < 60
 
 
-def fall(port: int, ranks: int, line: object) -> None:
+def fall(port: int, ranks: int, line: Any) -> None:
     """Be a process that ends at its start."""
     raise SystemExit(3)
 
 
-def test_a_process_that_ends_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous, "take_part", fall)
+def leave(port: int, ranks: int, line: Any) -> None:
+    """Be a process that ends once it is connected, before its ranks are counted."""
+    line.send(0.0)
+    line.recv()
+    line.send(0.0)
+
+
+@pytest.mark.parametrize("ends", [fall, leave])
+def test_a_process_that_ends_is_an_error(ends: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "take_part", ends)
     with pytest.raises(RuntimeError, match="has ended"):
         rendezvous.meet(5, 2)
