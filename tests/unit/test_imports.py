@@ -196,11 +196,17 @@ import mlflow
 
 
 @pytest.mark.slow
-def test_a_driver_and_a_rank_load_no_compiler() -> None:
-    """It takes seconds in each of their processes."""
-    code = """
+def test_a_driver_and_a_rank_load_no_compiler(tmp_path: Path) -> None:
+    """It takes seconds in each of their processes. The driver looks at weights of images without taking them."""
+    code = f"""
 import sys, torch
+from vswin_dist.models import build_model, export_state, load_pretrained
 from vswin_dist.training import engine, launch
+image = build_model("swin_nano", num_classes=5, patch_size=(1, 4, 4), window_size=(1, 4, 4))
+torch.save(export_state(image, "microsoft2d"), "{tmp_path}/image.pth")
+with torch.device("meta"):
+    video = build_model("swin_nano", num_classes=5)
+load_pretrained(video, "{tmp_path}/image.pth", dry_run=True)
 engine._import_deepspeed(torch.device("cpu"))
 weight = torch.nn.Parameter(torch.zeros(2))
 weight.grad = torch.ones(2)

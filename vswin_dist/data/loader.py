@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import multiprocessing.spawn
 import os
 import threading
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, NotRequired, TypedDict, TypeVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -267,6 +270,16 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+def _without_main_module() -> AbstractContextManager[Any]:
+    """Start processes without the program's main module: in a rank it is Ray's worker, whose import takes each a second."""
+    prepare = multiprocessing.spawn.get_preparation_data
+    return patch.object(
+        multiprocessing.spawn,
+        "get_preparation_data",
+        lambda name: {k: v for k, v in prepare(name).items() if not k.startswith("init_main_from")},
+    )
+
+
 def _iterate(stream: _BatchStream[Any], pin: bool) -> Iterator[Any]:
     """Give the batches of `stream`, made by the processes that its settings ask for; a failure is raised here."""
     workers: dict[str, Any] = {}
@@ -281,7 +294,10 @@ def _iterate(stream: _BatchStream[Any], pin: bool) -> Iterator[Any]:
         }
     batch_memory.open_ring(stream.ring)
     try:
-        for batch in DataLoader(stream, batch_size=None, collate_fn=_as_it_is, pin_memory=pin, **workers):
+        loader = DataLoader(stream, batch_size=None, collate_fn=_as_it_is, pin_memory=pin, **workers)
+        with _without_main_module():
+            batches = iter(loader)
+        for batch in batches:
             if isinstance(batch, _Failure):
                 raise batch.error
             yield batch

@@ -171,7 +171,7 @@ def read(url: str) -> Predictions:
 
     data = storage.read_bytes(url)
     try:
-        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+        table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
         body = json.loads((table.schema.metadata or {})[FORMAT])
         top = body.pop("top")
         identity = Identity(**body)

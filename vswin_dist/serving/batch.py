@@ -136,7 +136,7 @@ class Store:
                 continue
             url = storage.join(self.url, name)
             try:
-                table = pq.read_table(pa.BufferReader(storage.read_bytes(url)), columns=["key", "error"])
+                table = pq.ParquetFile(pa.BufferReader(storage.read_bytes(url))).read(["key", "error"])
                 known = Identity(**json.loads((table.schema.metadata or {})[FORMAT]))
             except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
                 raise DataError(f"{url} holds no predictions of this version, or is damaged: {error}. Remove it") from error

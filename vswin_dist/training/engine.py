@@ -63,8 +63,9 @@ def _import_deepspeed(device: torch.device) -> Any:
         importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # The shared-memory collectives of CPU ranks would be compiled at first use, for over a minute; gloo serves.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # No operation of its own: the shared-memory collectives of CPU ranks would be compiled at first use, for over a minute,
+    # where gloo serves, and to ask which others could be starts compilers.
+    deepspeed.ops.__compatible_ops__ = {}
     # bf16 collects garbage a dozen times as it begins, half a second each, to print 30 lines of the memory then in use.
     importlib.import_module("deepspeed.runtime.bf16_optimizer").see_memory_usage = lambda message, force=False: None  # type: ignore[attr-defined]
     return deepspeed

@@ -96,7 +96,8 @@ class VideoSwin(nn.Module):
             if isinstance(module, WindowAttention):
                 module.kernel = a.attention_kernel
         self.apply(_init_linear)
-        nn.init.normal_(self.head.weight, std=0.01)
+        if not self.head.weight.is_meta:  # where `normal_` would import PyTorch's compiler for nothing, some two seconds
+            nn.init.normal_(self.head.weight, std=0.01)
 
     def forward(self, clips: Tensor, sample_keys: Tensor | None = None) -> Tensor:
         """Classify clips float [B, 3, T, H, W] -> logits [B, num_classes].

@@ -201,7 +201,9 @@ def _inflate_kernel(have: Tensor, want: tuple[int, ...], embedding: str) -> tupl
         raise CheckpointError(f"{KERNEL}: {list(shape)} in the checkpoint, {list(want)} in the model")
     frames = want[2]
     if embedding == "inflate":
-        out = have.unsqueeze(2).expand(want) / frames
+        out = have.unsqueeze(2).expand(want)
+        if not out.is_meta:  # where a division would import PyTorch's compiler, some two seconds
+            out = out / frames
         return out, Row(KERNEL, "inflated", shape, want, f"repeated over {frames} frames, divided by {frames}")
     out = torch.zeros(want, dtype=have.dtype, device=have.device)
     out[:, :, frames // 2] = have
