@@ -65,6 +65,11 @@ def end_process(process: subprocess.Popen[Any], grace_s: float = 20) -> None:
     process.wait(10)
 
 
+def _end_if_running(process: subprocess.Popen[Any]) -> None:
+    if process.poll() is None:
+        end_process(process)
+
+
 def run_shown(
     command: Sequence[str], folder: Path, env: Mapping[str, str], meanwhile: Callable[[str], None] = lambda line: None
 ) -> tuple[int, str]:
@@ -86,8 +91,24 @@ def run_shown(
             meanwhile(line)
         return process.wait(), "".join(lines)
     finally:
-        if process.poll() is None:
-            end_process(process)
+        _end_if_running(process)
+
+
+def run_together(commands: Sequence[Sequence[str]], folder: Path, env: Mapping[str, str]) -> list[tuple[int, str]]:
+    """As `run_shown`, for several commands at once; the output of each is shown when it and those before it have ended."""
+    done = []
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in commands]
+        processes = []
+        for command, output in zip(commands, outputs, strict=True):
+            processes.append(subprocess.Popen(command, stdout=output, cwd=folder, env=env, start_new_session=True))
+            stack.callback(_end_if_running, processes[-1])
+        for process, output in zip(processes, outputs, strict=True):
+            code = process.wait()
+            output.seek(0)
+            done.append((code, output.read()))
+            print(done[-1][1], end="", flush=True)
+    return done
 
 
 @dataclass(frozen=True)

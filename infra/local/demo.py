@@ -18,12 +18,13 @@ import signal
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 from infra.local import motions
-from infra.local.cluster import RAY, Cluster, local_cluster, run_shown
+from infra.local.cluster import RAY, Cluster, local_cluster, run_shown, run_together
 from infra.local.stills import pretrain
 from vswin_dist import local_files
 from vswin_dist.config import load_settings
@@ -56,10 +57,21 @@ class Demo:
         print(f"\n$ {shlex.join(command)}", flush=True)
         began = time.perf_counter()
         code, output = run_shown(command, REPOSITORY, {**os.environ, **(env or {})})
+        self._done(step, began, code)
+        return output
+
+    def commands(self, step: str, *commands: Sequence[str]) -> list[str]:
+        """As `command`, of several side by side."""
+        print("\n" + "\n".join(f"$ {shlex.join(command)} &" for command in commands), flush=True)
+        began = time.perf_counter()
+        done = run_together(commands, REPOSITORY, os.environ)
+        self._done(step, began, next((code for code, _ in done if code), 0))
+        return [output for _, output in done]
+
+    def _done(self, step: str, began: float, code: int) -> None:
         if code:
             raise WorkFailed(f"the step {step!r} ended with exit code {code}; its output stands above")
-        self.times[step] = self.times.get(step, 0) + time.perf_counter() - began
-        return output
+        self.times[step] = time.perf_counter() - began
 
 
 def split_index(data: Path, folder: Path, seed: int) -> None:
@@ -97,6 +109,17 @@ def split_index(data: Path, folder: Path, seed: int) -> None:
     (folder / "classes.txt").write_text("".join(f"{c}\n" for c in sorted(classes)))
 
 
+def shard_command(demo: Demo, part: str, data: Path | None) -> list[str]:
+    """Return the command that makes the shards of `part`, train or val."""
+    videos = demo.folder / "videos" / part if data is None else data
+    index = videos / "index.csv" if data is None else demo.folder / f"{part}.csv"
+    columns = ("--path-column", "path", "--label-column", "label", "--classes", str(demo.folder / "classes.txt"))
+    made = ("--name", demo.name, "--split", part, "--out", str(demo.folder / "shards" / part))
+    side = "48" if data is None else "128"
+    tool = str(Path(sys.executable).with_name("data-prep"))
+    return [tool, "shard", "csv", "--index", str(index), "--videos", str(videos), *columns, "--short-side", side, *made]
+
+
 def prepare(demo: Demo, data: Path | None) -> dict[str, int] | None:
     """Make the shards of both sets; returns what still frames are to teach (None: the classes)."""
     shutil.rmtree(demo.folder / "shards", ignore_errors=True)
@@ -111,33 +134,7 @@ def prepare(demo: Demo, data: Path | None) -> dict[str, int] | None:
         demo.times["render"] = time.perf_counter() - began
     else:
         split_index(data, demo.folder, demo.seed)
-    for part in ("train", "val"):
-        videos = demo.folder / "videos" / part if data is None else data
-        index = videos / "index.csv" if data is None else demo.folder / f"{part}.csv"
-        demo.command(
-            "shard",
-            str(Path(sys.executable).with_name("data-prep")),
-            "shard",
-            "csv",
-            "--index",
-            str(index),
-            "--videos",
-            str(videos),
-            "--path-column",
-            "path",
-            "--label-column",
-            "label",
-            "--classes",
-            str(demo.folder / "classes.txt"),
-            "--short-side",
-            "48" if data is None else "128",
-            "--name",
-            demo.name,
-            "--split",
-            part,
-            "--out",
-            str(demo.folder / "shards" / part),
-        )
+    demo.commands("shard", *(shard_command(demo, part, data) for part in ("train", "val")))
     return labels
 
 
@@ -202,10 +199,9 @@ def run(seed: int, data: Path | None, extra: list[str]) -> int:
     model = re.findall(r"model +(models:\S+)", trained)[-1]  # the champion, or of a later demo its candidate
     one_view = ("--model", model, "--clips", "1", "--crops", "1")
     score = (sys.executable, "jobs/evaluate.py", *one_view, "--data", sets[1].partition("=")[2], "--batch", "32")
-    ordered = demo.command("evaluate", *score)
-    shuffled = demo.command("evaluate", *score, "--shuffle-frames")
     video = next(iter((demo.folder / "videos" / "val").glob("*/*"))) if data is None else data / first_path(demo.folder)
-    demo.command("predict", sys.executable, "jobs/predict.py", *one_view, str(video))
+    predict = (sys.executable, "jobs/predict.py", *one_view, str(video))
+    ordered, shuffled, _ = demo.commands("evaluate and predict", score, (*score, "--shuffle-frames"), predict)
     speed = re.findall(r"([\d.]+) clips/s", trained)
     rows = [
         ("2D weights", f"{stills:.1f}% of still frames in the last epoch"),

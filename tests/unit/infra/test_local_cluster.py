@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import boto3
+import psutil
 import pytest
 import ray
 from botocore.exceptions import ClientError
 
 from infra.local import hosts, network, services
-from infra.local.cluster import free_ports
+from infra.local.cluster import free_ports, run_together
 from infra.local.record import FILE, Host, Record, marked, read, started, wait_until
 from tests.support.commands import ROOT
 from vswin_dist.errors import DataError, PreflightError
@@ -51,6 +52,22 @@ with contextlib.suppress(OSError):
 print(json.dumps(times))
 """
 needs_namespaces = pytest.mark.skipif(network.why_not() is not None, reason=f"no namespaces: {network.why_not()}")
+
+
+def test_commands_run_at_the_same_time_and_are_shown_in_their_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = "while ! test -e second; do sleep 0.01; done; echo first"
+    second = "touch second; echo second; exit 3"
+    done = run_together([("sh", "-c", first), ("sh", "-c", second)], tmp_path, ENV)
+    assert done == [(0, "first\n"), (3, "second\n")]
+    assert capsys.readouterr().out == "first\nsecond\n"
+
+
+def test_commands_end_with_the_call(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        run_together([("sh", "-c", "echo $$ > id; sleep 60"), ("no-such-command",)], tmp_path, ENV)
+    assert not [p for p in psutil.Process().children(recursive=True) if "sleep" in p.name()]
 
 
 @contextmanager
