@@ -27,8 +27,8 @@ def main() -> int:
     from vswin_dist.export import export
     from vswin_dist.storage import use_s3_endpoint
 
-    export.check_request(args.to, args.model, args.out, args.register)
     use_s3_endpoint(args.s3_endpoint)
+    export.check_request(args.to, args.model, args.out, args.register)
     clip = tuple(args.clip) if args.clip else None
     subject, version = export.find_subject(args.model, args.tracking_uri, clip, args.batch)
     print(f"{subject.reference} {subject.model.settings['name']}, clips float32 {subject.clips}", flush=True)

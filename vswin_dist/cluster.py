@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -243,6 +244,7 @@ def run_ranks(
             failure_config=FailureConfig(max_failures=resources.max_failures),
         ),
     )
+    interrupt = signal.getsignal(signal.SIGINT)
     try:
         return dict(trainer.fit().metrics or {})
     except SystemExit as stop:  # how Ray answers SIGINT, with exit code 0
@@ -253,6 +255,10 @@ def run_ranks(
         away = isinstance(error, ray.exceptions.RayActorError)
         what = "Ray's head, or the node of its training controller, does not answer" if away else "a worker failed"
         raise RanksFailed(f"{name}: {what}: {cause[-1]} (full trace above)") from error
+    finally:
+        # Ray leaves its own handler behind, which passes over two signals and ends with exit code 0 at the third.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupt)
 
 
 def _ray_storage(url: str) -> tuple[str, Any]:

@@ -50,6 +50,10 @@ class FencedOut(WorkFailed):
     """Another process has taken over what this one was doing; nothing more of this one counts."""
 
 
+class Replaced(WorkFailed):
+    """Another start of the same ranks goes on with their work: no failure of the training."""
+
+
 class RanksFailed(WorkFailed):
     """Ranks failed more often than is allowed, or the cluster under them is gone."""
 

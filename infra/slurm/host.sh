@@ -11,10 +11,9 @@ read -r token
 printf '%s' "$token" >"$RAY_AUTH_TOKEN_PATH"
 # shellcheck source=/dev/null
 . "$VSWIN_ENV"
-set -a
-# shellcheck source=/dev/null
-. /dev/stdin
-set +a
+while IFS= read -r line || [ -n "$line" ]; do # no shell code: a value is taken as it stands
+    case $line in '' | '#'*) ;; *) export "${line%%=*}=${line#*=}" ;; esac
+done
 export TMPDIR=$VSWIN_RUN
 
 start() {

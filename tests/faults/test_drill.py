@@ -138,3 +138,15 @@ def test_a_damaged_checkpoint_is_passed_over(line: Line, name: str, request: pyt
     assert [step for step, _ in logged] == [1, 2, 3, 3, 4, 5, 6], "the one before it was gone on from"
     assert logged[3][1] == logged[2][1], "a step that was redone has another loss"
     record(request, f"a flipped bit in {file.name}, at a start", "at once", "1", f"{abs(logged[3][1] - logged[2][1]):.1e}")
+
+
+def test_without_a_whole_checkpoint_it_begins_again_with_the_weights_that_it_was_given(line: Line) -> None:
+    given = trainers.train(line, "given", "data.val=null", "training.max_steps=1")
+    settings = ("data.val=null", f"model.init={given}/step-00000001/{checkpoint.MODEL}")
+    folder = trainers.train(line, "only", *settings, "training.max_steps=1")
+    before = trainers.losses(folder)[1]
+    flip_a_bit(folder / "step-00000001" / checkpoint.MODEL)
+    with pytest.raises(AssertionError, match=r"no checkpoint in .* is whole"):
+        trainers.train(line, "only", *settings, "training.max_steps=2")
+    trainers.train(line, "only", *settings, "training.max_steps=2")
+    assert trainers.losses(folder)[1] == before, "it began with other weights"

@@ -67,6 +67,17 @@ def serving(line: Line, *words: str) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
+def test_a_cluster_that_serves_already_is_refused_and_goes_on(cluster_line: Line, folder: str) -> None:
+    line, port = cluster_line, free_port()
+    with serving(line, folder, "--port", str(port)) as process:
+        wait_until(lambda: "serving " in (line.home / "serving.log").read_text(), process)
+        words = [sys.executable, "-m", "vswin_dist.serving", folder, "--port", str(free_port())]
+        second = subprocess.run(words, cwd=REPOSITORY, env=line.environment, capture_output=True, text=True, timeout=120)
+        assert second.returncode == 2, second.stderr
+        assert "Ray Serve runs on this cluster already: vswin (RUNNING). End the service that started it" in second.stderr
+        assert ask(port, "GET", "/health")[0] == 200
+
+
 def test_many_clients_are_answered_together_and_bad_requests_alone(cluster_line: Line, folder: str) -> None:
     line, port = cluster_line, free_port()
     videos = sorted((line.shards / "videos").rglob("*.mp4"))[:6]

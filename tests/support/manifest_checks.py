@@ -302,6 +302,20 @@ def reachable(objects: list[Object]) -> set[tuple[str, str, int]]:
     return found
 
 
+def let_in(objects: list[Object]) -> set[tuple[str, str, int]]:
+    """(namespace, to, port) of what policies let in from other namespaces; `any`, and 40000, where they name none."""
+    found = set()
+    for policy in (o["spec"] for o in objects if o["kind"] == "NetworkPolicy"):
+        rules = policy.get("ingress", []) if "Ingress" in policy["policyTypes"] else []
+        peers = [(peer["namespaceSelector"], rule) for rule in rules for peer in rule["from"] if "namespaceSelector" in peer]
+        for selector, rule in peers:
+            namespace = selector.get("matchLabels", {}).get("kubernetes.io/metadata.name", "any")
+            ports = [p["port"] for p in rule.get("ports", [{"port": 40000}])]
+            taken = [pod.owner for pod in pods(objects) if _selects(policy["podSelector"], pod.labels)]
+            found |= {(namespace, owner, port) for owner in taken for port in ports}
+    return found
+
+
 def wrong_policies(objects: list[Object]) -> Iterator[str]:
     """Connections that are needed and closed, or open and not needed."""
     owners = {pod.owner for pod in pods(objects)}
@@ -313,7 +327,8 @@ def wrong_policies(objects: list[Object]) -> Iterator[str]:
     needed |= {(a, "redis", 6379) for a in hosts if "redis" in owners} | (
         {("submitter", "head", 8265)} if "submitter" in owners else set()
     )
-    there = reachable(objects)
+    needed |= {("kuberay-system", host, 8265) for host in hosts} | {("monitoring", "prometheus", 9090)}
+    there = reachable(objects) | let_in(objects)
     yield from (f"closed: {' -> '.join(map(str, one))}" for one in sorted(needed - there))
     yield from (f"open: {' -> '.join(map(str, one))}" for one in sorted(there - needed))
 

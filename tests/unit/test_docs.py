@@ -206,6 +206,16 @@ def wrong_commands(text: str, folder: Path) -> Iterator[str]:
         yield from (f"{shlex.join(words)}: {problem}" for problem in refused(words))
 
 
+def wrong_preparations(text: str, folder: Path) -> Iterator[str]:
+    """Sets for validation that have no `--split val` or take their class ids from themselves; 2D weights of no recipe."""
+    text = text.replace("\\\n", " ")
+    for line in re.findall(r"^.*(?:prepare\.py|data-prep shard) .*--out \S+/val\b.*$", text, re.MULTILINE):
+        yield from (f"{line}: without {o}" for o in ("--split val", "--classes") if o not in line)
+    for weights, recipe in re.findall(r"--weights \S*?(\w+\.pth) --recipe (\w+)", text):
+        if weights not in recipe_text(recipe).splitlines()[0]:
+            yield f"{recipe} does not start from {weights}"
+
+
 def wrong_links(text: str, folder: Path) -> Iterator[str]:
     """Links to files or headings that do not exist."""
     for target in LINK.findall(prose(text)):
@@ -231,6 +241,7 @@ CHECKS: dict[Callable[[str, Path], Iterator[str]], str] = {  # each with a docum
     wrong_settings: "give `data.no_such_setting`, or `training.epochs=many`",
     wrong_options: "give `--no-such-option`, or `make no_such_target`",
     wrong_commands: "```sh\npython jobs/train.py --recipe demo --no-such-option\nmake no_such_target\n```",
+    wrong_preparations: "data-prep shard --out s3://x/val --split val\n--weights x/swin_22k.pth --recipe k400_swin_l",
     wrong_links: "see [there](no_such_file.md) and [here](README.md#no-such-heading)",
     wrong_variables: "set VSWIN_NO_SUCH_VARIABLE or `VSWIN_NO_OTHER`",
 }
@@ -241,6 +252,11 @@ CHECKS: dict[Callable[[str, Path], Iterator[str]], str] = {  # each with a docum
 def test_what_a_document_names_exists(check: Callable[[str, Path], Iterator[str]], document: Path) -> None:
     problems = list(check(document.read_text(), document.parent))
     assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "infra").rglob("*.yaml")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_module_that_a_file_of_infra_names_exists(file: Path) -> None:
+    assert list(wrong_modules(file.read_text(), file.parent)) == []
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)

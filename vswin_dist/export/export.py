@@ -74,18 +74,33 @@ def find_subject(
     return Subject(reference, network, card, clips, facts), version
 
 
+@before_start()
 def check_request(to: str, model: str, out: str | None, register: bool) -> None:
-    """Refuse what cannot be done, before anything is loaded.
+    """Refuse what cannot be done, before anything is loaded; the S3 endpoint is set before.
 
     Raises:
-        ConfigError: the export would go nowhere, or beside a model that is not registered.
-        PreflightError: packages are absent.
+        ConfigError: the export would go nowhere, to a folder where it is a file, or beside a model that is not registered.
+        PreflightError: packages are absent, or `out` cannot be written.
     """
     if out is None and not register:
         raise ConfigError("the export would go nowhere: give --out URL, or --register for the artifacts of the model's run")
     if register and not is_reference(model):
         raise ConfigError(f"--register keeps the export beside a registered model: {model!r} is none (models:/NAME@ALIAS)")
     FORMATS[to].check_packages(to)
+    if out is not None:
+        _check_target(out, to)
+
+
+def _check_target(out: str, to: str) -> None:
+    suffix, target = FORMATS[to].suffix, storage.absolute(out)
+    if not suffix:
+        storage.check_writable(target)
+        return
+    is_bucket = not storage.is_local(target) and target.count("/") == 2
+    if out.endswith("/") or is_bucket or (storage.exists(target) and not storage.is_file(target)):
+        file = storage.join(out, f"model{suffix}")
+        raise ConfigError(f"--out {out} names a folder, but --to {to} makes a file: name it, as in --out {file}")
+    storage.check_writable(target.rpartition("/")[0] or "/")
 
 
 @contextmanager

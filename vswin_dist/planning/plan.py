@@ -30,7 +30,7 @@ class CapacityPlan:
     settings: Settings
     gpu: str
     gpus: int
-    samples: int
+    samples: int  # of an epoch
     architecture: Architecture
     parameters: int
     macs: int
@@ -99,7 +99,8 @@ class CapacityPlan:
     def row(self, scale: Scale, batch_grows: bool) -> str:
         """One line of a scaling table."""
         t, c, step = self.settings.training, self.coefficients, scale.step
-        seconds = t.epochs * self.samples / scale.clips_per_second
+        clips = t.epochs * self.samples * self.settings.data.repeats
+        seconds = min(clips, (t.max_steps or clips) * scale.global_batch) / scale.clips_per_second
         cells = [
             f"{scale.gpus:,}",
             f"{scale.global_batch:,}",
@@ -133,7 +134,8 @@ class CapacityPlan:
         lines = [
             f"# {s.recipe or s.run.name}: {s.model.name}, {self.parameters / 1e6:.1f} M parameters, "
             f"{self.macs / 1e9:.0f} G multiply-accumulates for a clip of {d.frames} x {d.size} x {d.size}",
-            f"{t.epochs} epochs of {self.samples:,} videos on {self.gpu}",
+            f"{t.epochs} epochs of {self.samples:,} videos on {self.gpu}"
+            + (f", at most {t.max_steps:,} steps" if t.max_steps else ""),
             "",
             *self.memory_table(),
             "",

@@ -1,8 +1,9 @@
 """Predictions for many videos as Parquet files in one folder, so that a job that was killed goes on where it was.
 
-`OUT/part-*.parquet` have a row for each video: its key, the most probable classes with their scores and, if asked for, the
-features of the last stage; of a video that is absent or does not decode, in `error`, why. A part is written whole or not at
-all, and is named by its videos, so that it is never there twice. `pandas.read_parquet(OUT)` reads all of them.
+`OUT/part-*.parquet` have a row for each video: its key, the URL of its file, the most probable classes with their scores
+and, if asked for, the features of the last stage; of a video that is absent or does not decode, in `error`, why. A key names
+one video: another one with the same key is refused. A part is written whole or not at all, and is named by its videos, so
+that it is never there twice. `pandas.read_parquet(OUT)` reads all of them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import io
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from vswin_dist.serving.predict import Predictor
 
 PART = "part-"
 FORMAT = b"vswin-batch-predictions"  # the key of the identity in a file's metadata
-VERSION = 1
+VERSION = 2  # goes up with any change of the columns
 SUFFIXES = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv")
 AHEAD = 2  # groups of videos that are decoded while one is scored
 
@@ -81,7 +82,7 @@ def find_videos(places: Sequence[str]) -> tuple[list[Video], list[str]]:
         Each video once, in this order; and what was left out, in words.
 
     Raises:
-        DataError: nothing is there; names the place.
+        DataError: nothing is there, or another video with the same key; names the place.
     """
     found: dict[str, Video] = {}
     notes, twice = [], 0
@@ -92,7 +93,8 @@ def find_videos(places: Sequence[str]) -> tuple[list[Video], list[str]]:
         if others:
             notes.append(f"left out {others:,} files of {place} that have no video's name ({', '.join(SUFFIXES)})")
         twice += len(videos)
-        found |= {video.key: video for video in videos if video.key not in found}
+        for video in videos:
+            _check_same(video, found.setdefault(video.key, video).url)
     if twice := twice - len(found):
         notes.append(f"left out {twice:,} videos that were named before")
     return list(found.values()), notes
@@ -104,14 +106,37 @@ def _videos_at(url: str, place: str) -> tuple[list[Video], int]:
         manifest = read_manifest(url)
         shards = [shard_url(url, shard) for shard in manifest.shards]
         return [Video(s.key, shards[s.shard], s.offset, s.size, s.crc32) for s in manifest.samples], 0
-    if url.endswith(".txt"):
-        lines = [line.strip() for line in storage.read_bytes(url).decode().splitlines()]
-        return [Video(line, storage.absolute(line)) for line in lines if line], 0
     if storage.is_file(url):
-        return [Video(place, url)], 0
+        names = _listed(url, place) if url.endswith(".txt") else [place]
+        return [Video(name, storage.absolute(name)) for name in names], 0
     files = storage.find(url)
     named = [file for file in files if file.lower().endswith(SUFFIXES)]
     return [Video(storage.join(place, file), storage.join(url, file)) for file in named], len(files) - len(named)
+
+
+def _listed(url: str, place: str) -> list[str]:
+    """Give the lines of a list, UTF-8 with or without a byte-order mark, but for empty ones."""
+    try:
+        lines = storage.read_bytes(url).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place} is no list of videos, which is a text in UTF-8: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _check_same(video: Video, url: str) -> None:
+    """Refuse a video whose key names what stands at another `url`."""
+    if video.url != url:
+        raise DataError(
+            f"two videos have the key {video.key!r}, one in {url} and one in {video.url}: give each set of videos an --out "
+            "of its own"
+        )
+
+
+class Known(NamedTuple):
+    """What a row that is there says of its video."""
+
+    url: str
+    error: str | None  # what is wrong with it
 
 
 @dataclass(frozen=True)
@@ -121,8 +146,8 @@ class Store:
     url: str
     identity: Identity
 
-    def done(self) -> dict[str, str | None]:
-        """Give the keys of the rows that are there -> what is wrong with the video, None where nothing is.
+    def done(self) -> dict[str, Known]:
+        """Give the keys of the rows that are there, and what they say.
 
         Raises:
             DataError: they are of another model or of other options, or damaged.
@@ -130,20 +155,20 @@ class Store:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        found: dict[str, str | None] = {}
+        found: dict[str, Known] = {}
         for name in storage.list_names(self.url):
             if not name.startswith(PART):
                 continue
             url = storage.join(self.url, name)
             try:
-                table = pq.ParquetFile(pa.BufferReader(storage.read_bytes(url))).read(["key", "error"])
+                table = pq.ParquetFile(pa.BufferReader(storage.read_bytes(url))).read(["key", "url", "error"])
                 known = Identity(**json.loads((table.schema.metadata or {})[FORMAT]))
             except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
                 raise DataError(f"{url} holds no predictions of this version, or is damaged: {error}. Remove it") from error
             if known != self.identity:
                 differ = ", ".join(k for k, v in asdict(known).items() if v != getattr(self.identity, k))
                 raise DataError(f"{self.url} holds predictions with other {differ}: name another --out, or give --fresh")
-            found |= dict(zip(table.column("key").to_pylist(), table.column("error").to_pylist(), strict=True))
+            found |= {row["key"]: Known(row["url"], row["error"]) for row in table.to_pylist()}
         return found
 
     def add(self, rows: Sequence[Row]) -> None:
@@ -154,6 +179,7 @@ class Store:
         texts, numbers = pa.list_(pa.string()), pa.list_(pa.float32())
         columns = {
             "key": pa.array([row.key for row in rows], pa.string()),
+            "url": pa.array([row.url for row in rows], pa.string()),
             "classes": pa.array([[n for n, _ in row.best] or None for row in rows], texts),
             "scores": pa.array([[p for _, p in row.best] or None for row in rows], numbers),
         }
@@ -178,6 +204,7 @@ class Row:
     """What was found of one video."""
 
     key: str
+    url: str
     best: tuple[tuple[str, float], ...] = ()
     features: list[float] | None = None
     error: str | None = None
@@ -195,17 +222,18 @@ def predict_part(predictor: Predictor, videos: Sequence[Video], identity: Identi
             good = [v for v in views if not isinstance(v, DataError)]
             found = iter(_score(predictor, good, identity) if good else ())
             for video, mine in zip(some, views, strict=True):
-                rows.append(Row(video.key, error=str(mine)) if isinstance(mine, DataError) else Row(video.key, *next(found)))
+                said = {"error": str(mine)} if isinstance(mine, DataError) else next(found)
+                rows.append(Row(video.key, video.url, **said))
     return rows
 
 
-def _score(predictor: Predictor, views: Sequence[Tensor], identity: Identity) -> Iterator[tuple[Any, ...]]:
+def _score(predictor: Predictor, views: Sequence[Tensor], identity: Identity) -> Iterator[dict[str, Any]]:
     if identity.features:
         scores, features = predictor.scores_and_features(views)
         lists = features.tolist()
     else:
         scores, lists = predictor.scores(views), [None] * len(views)
-    return ((predictor.best(s, identity.top), f) for s, f in zip(scores, lists, strict=True))
+    return ({"best": predictor.best(s, identity.top), "features": f} for s, f in zip(scores, lists, strict=True))
 
 
 def _ahead(
@@ -230,8 +258,14 @@ def _ahead(
         yield first, [future.result() for future in futures]
 
 
-def parts(videos: Sequence[Video], done: Iterable[str], size: int) -> list[list[Video]]:
-    """Cut what is left of `videos` into parts of `size`."""
-    known = set(done)
-    left = [video for video in videos if video.key not in known]
+def parts(videos: Sequence[Video], done: Mapping[str, Known], size: int) -> list[list[Video]]:
+    """Cut what is left of `videos` into parts of `size`.
+
+    Raises:
+        DataError: a row that is there is of another video with the same key.
+    """
+    for video in videos:
+        if video.key in done:
+            _check_same(video, done[video.key].url)
+    left = [video for video in videos if video.key not in done]
     return [left[start : start + size] for start in range(0, len(left), size)]

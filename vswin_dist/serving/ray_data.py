@@ -97,9 +97,9 @@ def predict_into(asked: Asked) -> None:
         identity = Identity.of(Registry(uri).folder(model), asked.clips, asked.crops, asked.top, asked.features)
         store = Store(storage.absolute(asked.out), identity)
         storage.check_writable(store.url)
+        videos, notes = find_videos(asked.videos)
         if asked.fresh:
             store.clear()
-        videos, notes = find_videos(asked.videos)
         done = store.done()
     left = parts(videos, done, asked.part)
     todo = sum(map(len, left))
@@ -110,7 +110,7 @@ def predict_into(asked: Asked) -> None:
         found = store.done()
     if lost := sum(video.key not in found for video in videos):
         raise WorkFailed(f"{lost:,} of {len(videos):,} videos are not in {store.url}: name a place that all nodes reach")
-    bad = [(video.key, found[video.key]) for video in videos if found[video.key] is not None]
+    bad = [(video.key, error) for video in videos if (error := found[video.key].error) is not None]
     for key, reason in bad[:LISTED]:
         print(f"bad: {key}: {reason}")
     print(

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from vswin_dist import cluster, storage
 from vswin_dist.cluster import Resources
-from vswin_dist.errors import WorkFailed
+from vswin_dist.errors import PreflightError, WorkFailed
 from vswin_dist.serving.predict import load_predictor
 from vswin_dist.serving.service import Engine, ServiceLimits, build_app
 
 from ray import serve  # isort: skip # after `cluster`, which gives Ray a home folder
 
 APPLICATION = "vswin"
-START_S = 600.0  # within which a replica has its model
 WAITING = 256  # requests, before others are answered with 503
 
 
@@ -80,11 +79,12 @@ def serve_until_stopped(offer: Offer, host: str, port: int, replicas: int, cpus:
         cpus: of each replica.
 
     Raises:
-        PreflightError: the cluster is too small.
+        PreflightError: the cluster is too small, or Ray Serve runs there.
         WorkFailed: a replica cannot load the model.
     """
     with cluster.joined(), contextlib.suppress(KeyboardInterrupt):
         cluster.check_resources(Resources((replicas,), offer.use_gpu, cpus, 0), "--replicas")
+        check_alone()
         deployment = serve.deployment(
             Replica,
             name="model",
@@ -104,3 +104,19 @@ def serve_until_stopped(offer: Offer, host: str, port: int, replicas: int, cpus:
             raise WorkFailed(f"{offer.model} is not served: {error}") from error
         finally:
             serve.shutdown()
+
+
+def check_alone() -> None:
+    """Refuse a cluster on which Ray Serve runs: it has one HTTP address for all, and ends with whoever ends it.
+
+    Raises:
+        PreflightError: names what runs there.
+    """
+    there = serve.status()
+    if there.applications or there.proxies:
+        running = [f"{name} ({application.status.value})" for name, application in there.applications.items()]
+        raise PreflightError(
+            f"Ray Serve runs on this cluster already: {', '.join(running) or 'without an application'}. End the service "
+            "that started it (or Ray Serve, by `serve shutdown`), or name another cluster by RAY_ADDRESS; without it, Ray "
+            "starts on this machine"
+        )

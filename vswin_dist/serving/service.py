@@ -32,6 +32,9 @@ from vswin_dist.video import jpeg
 TOP = 5
 MOST_FRAMES = 64  # shown of a video
 PICTURE_WIDTH = 160  # pixels
+# The share of the seconds for an answer in which a video's frames are to be counted. They are decoded again for its views,
+# and the model is asked then: a video that takes too long is refused, and not answered for ever that the service is busy.
+DECODING = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,13 @@ class ServiceLimits:
 
     megabytes: float = 64
     videos: int = 16  # of one request
-    seconds: float = 30  # for the body to arrive, for a video to be decoded, and for its answer
+    seconds: float = 30  # for the body to arrive, and for the answer; see `DECODING`
     pixels: int = 4096 * 2304  # of a frame
 
     @property
     def of_a_video(self) -> Limits:
         """Those of its decoding."""
-        return Limits(self.seconds, self.pixels)
+        return Limits(DECODING * self.seconds, self.pixels)
 
 
 class ClassScore(BaseModel):

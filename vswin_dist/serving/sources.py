@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 
 from vswin_dist import storage
 from vswin_dist.errors import DataError
@@ -32,7 +31,7 @@ def read_video(video: object) -> bytes:
         text = video.partition(",")[2] if video.startswith("data:") else video
         try:
             return base64.b64decode("".join(text.split()), validate=True)
-        except binascii.Error as error:
+        except ValueError as error:  # of characters beyond ASCII no binascii.Error
             raise DataError(f"{CONTENT} is no base64: {error}") from error
     try:
         return storage.read_bytes(storage.absolute(video))

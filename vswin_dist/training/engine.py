@@ -466,7 +466,7 @@ class Engine:
         try:
             with torch.autocast(self.device.type, self.input_dtype if mixed else torch.bfloat16, enabled=mixed):
                 yield self.module
-        finally:
-            if averaged:
+            if averaged:  # not after an error of this rank alone: the others would wait in it, and the error be hidden
                 self._exchange()
+        finally:
             self.module.train(was_training)

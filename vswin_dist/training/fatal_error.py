@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from vswin_dist import storage
-from vswin_dist.errors import StorageError, VswinError, WorkFailed
+from vswin_dist.errors import Replaced, StorageError, VswinError, WorkFailed
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,11 @@ class Failure:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Record a `VswinError` of the block, on the rank that met it, and raise it."""
+        """Record a `VswinError` of the block, on the rank that met it, and raise it; not that others have replaced it."""
         try:
             yield
+        except Replaced:
+            raise
         except VswinError as error:
             with contextlib.suppress(StorageError):  # where this storage is what fails, the driver meets it too
                 storage.put_bytes(self.url, str(error).encode())

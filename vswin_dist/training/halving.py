@@ -72,6 +72,7 @@ class Halving:
         self._scores: list[dict[str, float]] = [{} for _ in range(count)]
         self._begun: dict[str, int] = {}  # the rung up to which a row trains or has trained
         self._cut_off: list[tuple[str, int]] = []  # by the end of an earlier command
+        self._ended_early: set[str] = set()  # of themselves, by `evaluation.patience`
         self._running: set[str] = set()
         self._stopped = False
         self._changed = Condition()
@@ -85,15 +86,23 @@ class Halving:
 
     def _recall(self, trial: Trial, known: RunRecord) -> None:
         """Take over what an earlier command has done with the row."""
-        own = self.rungs[trial.label]
-        at = next((k for k, rung in enumerate(own) if rung.steps == known.settings["training.max_steps"]), len(own) - 1)
+        own, aim = self.rungs[trial.label], known.settings["training.max_steps"]
+        at = next((k for k, rung in enumerate(own) if rung.steps == aim), None)
+        compared = known.finished and at is not None
+        if at is None:  # it was trained by itself, or by other rungs: to the next of these
+            at = next(k for k, rung in enumerate(own) if rung.steps is None or rung.steps > (known.step or known.steps))
         for k in range(at):
             self._scores[k][trial.label] = math.inf  # it went on from there
-        if not known.finished:
+        self._note_end(trial, known)
+        if not compared and trial.label not in self._ended_early:
             self._cut_off.append((trial.label, at))
         elif (value := self._score(trial)) is not None:
             self._scores[at][trial.label] = value
         self._begun[trial.label] = at
+
+    def _note_end(self, trial: Trial, known: RunRecord | None) -> None:
+        if known and known.stalled_for(trial.settings.evaluation.patience):
+            self._ended_early.add(trial.label)
 
     def take(self) -> Trial | None:
         """Return the row to train now, and how far; waits while one that trains may let another go on. None: all is done."""
@@ -113,7 +122,9 @@ class Halving:
     def give(self, trial: Trial, failed: bool) -> None:
         """Say that the row `trial`, which was taken, has ended; one that failed goes no further."""
         value = None if failed else self._score(trial)
+        known = run_record.read(trial.root)
         with self._changed:
+            self._note_end(trial, known)
             self._running.discard(trial.label)
             if value is not None:
                 self._scores[self._begun[trial.label]][trial.label] = value
@@ -132,7 +143,9 @@ class Halving:
 
     def _goes_on(self, label: str, k: int) -> bool:
         """Whether the row has not gone beyond rung `k`, and can."""
-        return self._begun.get(label) == k and label not in self._running and k + 1 < len(self.rungs[label])
+        if label in self._running or label in self._ended_early:
+            return False
+        return self._begun.get(label) == k and k + 1 < len(self.rungs[label])
 
     def _promoted(self) -> tuple[str, int] | None:
         for k in reversed(range(len(self._scores) - 1)):

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from vswin_dist import cluster, lease, storage
-from vswin_dist.config import to_flat
 from vswin_dist.device import STEPS_LEFT
 from vswin_dist.errors import PreflightError, VswinError, after_start, before_start
 from vswin_dist.lease import Fence
-from vswin_dist.tracking import NullRun, Run, attach, open_run, send_kept, source_version, spool
+from vswin_dist.tracking import NullRun, Run, attach, open_run, redact, send_kept, source_version, spool
 from vswin_dist.tracking.system_metrics import system_metrics
 from vswin_dist.training import checkpoint, hangs, out_of_memory, progress, rank_metrics, run_record
 from vswin_dist.training.dry_run import check_nodes, resources_of
@@ -99,7 +98,7 @@ def open_tracking(spec: TrainingSpec, fence: Fence) -> tuple[Run, RunRecord]:
     """Open the run in its store, and send what earlier submissions could not; returns the run and its record."""
     s = spec.settings
     opened = open_run(spec.tracking_uri, s.tracking.experiment, s.run.name, spec.resumes.run_id if spec.resumes else None)
-    record = RunRecord(opened.id, spec.train.fingerprint, to_flat(s), number=spec.number, steps=spec.last_step)
+    record = RunRecord(opened.id, spec.train.fingerprint, run_record.recorded(s), number=spec.number, steps=spec.last_step)
     place = storage.join(record.checkpoints(spec.root), spool.FOLDER)
     tracking = attach(replace(opened.reference, spool=place, fence=fence))
     send_waiting(tracking, spec.root, is_over=False)
@@ -140,7 +139,7 @@ def worker_config(spec: TrainingSpec, record: RunRecord, tracking: Run) -> Worke
     s = spec.settings
     lineage = {
         "dataset_fingerprint": spec.train.fingerprint,
-        "initialised_from": s.model.init,
+        "initialised_from": s.model.init and redact(s.model.init),
         "training_run": tracking.id,
         "source_commit": source_version(Path(__file__).parents[2]),
         "recipe": s.recipe,

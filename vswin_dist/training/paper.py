@@ -13,6 +13,7 @@ import torch
 from vswin_dist import models, storage
 from vswin_dist.config import Settings, load_settings
 from vswin_dist.config.ablations import ROWS, Row
+from vswin_dist.data.sampling import resolve
 from vswin_dist.errors import ConfigError, before_start, nearest
 from vswin_dist.manifest import read_manifest
 from vswin_dist.tracking import DatasetRecord, Names, Run, check_store, newest_run, open_run, source_version, tracking_uri
@@ -49,9 +50,11 @@ class Trial:
         known = run_record.read(self.root)
         if known is None or s.run.fresh or not known.finished:
             return False
-        if known.settings["training.max_steps"] != s.training.max_steps:  # more steps: it continues
+        more = known.settings["training.max_steps"] != s.training.max_steps
+        if more and not known.stalled_for(s.evaluation.patience):
             return False
-        run_record.check_same(known, s, read_manifest(s.data.train).fingerprint)
+        train = read_manifest(s.data.train)
+        run_record.check_same(known, replace(s, data=resolve(s.data, train)[0]), train.fingerprint)
         return True
 
     def scores(self) -> tuple[float, float] | None:
@@ -178,30 +181,33 @@ def comparison(trials: Sequence[Trial], classes: int = CLASSES) -> str:
 
 
 @contextmanager
-def parent(trials: Sequence[Trial]) -> Iterator[Run]:
-    """Open the run that those of the rows are shown below: that of an earlier command, where there is one; and end it.
+def parent(trials: Sequence[Trial]) -> Iterator[tuple[Run, int]]:
+    """Open the run that those of the rows are shown below: that of earlier commands, where there are some; and end it.
+
+    Yields:
+        The run, and how many commands opened it before.
 
     Raises:
         PreflightError: the store is away or refuses.
     """
     with before_start():
-        run = _open_parent(trials)
+        run, earlier = _open_parent(trials)
     try:
-        yield run
+        yield run, earlier
     except BaseException as error:
         run.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     run.end("FINISHED")
 
 
-def _open_parent(trials: Sequence[Trial]) -> Run:
+def _open_parent(trials: Sequence[Trial]) -> tuple[Run, int]:
     s = trials[0].settings
     name, experiment = s.run.name.removesuffix(f"_{trials[0].label}"), s.tracking.experiment
     uri = tracking_uri(s.tracking.uri)
     known = newest_run(uri, experiment, {"kind": KIND, "mlflow.runName": name})
     run = open_run(uri, experiment, name, known)
     train = read_manifest(s.data.train)
-    run.start(
+    earlier = run.start(
         settings={"rows": [t.label for t in trials], "recipe": s.recipe if trials[0].row is None else trials[0].row.base},
         recipe=None,
         source=source_version(Path(__file__).parents[2]),
@@ -209,11 +215,11 @@ def _open_parent(trials: Sequence[Trial]) -> Run:
         datasets=[DatasetRecord(train.name, train.fingerprint, s.data.train, "training", train.counts)],
         tags={"kind": KIND},
     )
-    return run
+    return run, earlier
 
 
-def log(run: Run, trials: Sequence[Trial], text: str) -> None:
-    """Log the comparison `text` and the rows' scores to their parent.
+def log(run: Run, earlier: int, trials: Sequence[Trial], text: str) -> None:
+    """Log the comparison `text` and the rows' scores to their parent, where `earlier` commands have logged theirs.
 
     Raises:
         TrackingError: the store is away or refuses.
@@ -221,5 +227,5 @@ def log(run: Run, trials: Sequence[Trial], text: str) -> None:
     run.artifact("comparison.md", text)
     for trial in trials:
         if scores := trial.scores():
-            run.log(0, {f"{trial.label}/top1": scores[0], f"{trial.label}/top5": scores[1]})
+            run.log(earlier, {f"{trial.label}/top1": scores[0], f"{trial.label}/top5": scores[1]})
     run.close()

@@ -154,11 +154,14 @@ def complete(trials: Sequence[Trial], job: Path, at_once: int | None, halved: tu
     schedule: Halving | InOrder = InOrder(t for t in trials if t.label in specs)
     if halved:
         schedule = Halving(trials, [specs[t.label].last_step if t.label in specs else None for t in trials], *halved)
-    with after_start("Once that is mended, the same command completes the table."), paper.parent(trials) as parent:
+    with (
+        after_start("Once that is mended, the same command completes the table."),
+        paper.parent(trials) as (parent, earlier),
+    ):
         failed = Rows(job, parent.id).train(schedule, [resources_of(spec) for spec in specs.values()], at_once)
         text = paper.comparison(trials, len(read_manifest(trials[0].settings.data.train).classes))
         if isinstance(schedule, Halving):
             text += f"\n\n{schedule.table()}"
         print(text, flush=True)
-        paper.log(parent, trials, text)
+        paper.log(parent, earlier, trials, text)
     return failed

@@ -14,7 +14,7 @@ from vswin_dist import local_files, storage
 from vswin_dist.config import Settings, from_flat, may_differ, to_flat
 from vswin_dist.errors import CheckpointError, ConfigError
 from vswin_dist.records import read_record
-from vswin_dist.tracking import spool
+from vswin_dist.tracking import redact, spool
 
 FILE = "run.json"
 
@@ -36,10 +36,20 @@ class RunRecord:
         """Return the URL of the folder of its checkpoints below `ROOT/RUN` = `root`."""
         return storage.join(root, f"{self.number:04d}" if self.number else self.run_id)
 
+    def stalled_for(self, patience: int | None) -> bool:
+        """Say whether it ended early, after at least `patience` evaluations without a better one."""
+        return bool(patience) and self.stalled >= (patience or 0)
+
 
 def runs_root(s: Settings) -> str:
     """Return where this user's runs stand: `storage.root`, else `runs` in the data root."""
     return storage.absolute(s.storage.root) if s.storage.root else str(local_files.home() / "runs")
+
+
+def recorded(s: Settings) -> dict[str, Any]:
+    """Return the settings as they stand on storage: flat, and without what gives access to the tracking store."""
+    flat = to_flat(s)
+    return flat | {"tracking.uri": s.tracking.uri and redact(s.tracking.uri)}
 
 
 def registered_name(s: Settings) -> str:
@@ -80,7 +90,7 @@ def to_resume(s: Settings, root: str, fingerprint: str, total_steps: int) -> Run
     known = None if s.run.fresh else read(root)
     if known is None:
         return None
-    early = s.evaluation.patience and known.stalled >= s.evaluation.patience
+    early = known.stalled_for(s.evaluation.patience)
     if known.finished and (early or known.step >= min(total_steps, s.training.max_steps or total_steps)):
         tracked = f"MLflow run {known.run_id}, " if known.run_id else ""
         waits = storage.list_names(storage.join(known.checkpoints(root), spool.FOLDER))

@@ -14,19 +14,20 @@ from typing import Any
 
 import torch
 
-from vswin_dist.config import Settings, to_flat
+from vswin_dist.config import Settings
 from vswin_dist.data.loader import Batch, TrainLoader
 from vswin_dist.data.plan import Plan, make_plan, validation_set
 from vswin_dist.data.quarantine import CorruptSample, Ledger
 from vswin_dist.data.transforms.batch_transform import BatchTransform
 from vswin_dist.data.transforms.mixing import cross_entropy
 from vswin_dist.device import STEPS_LEFT, Rank, peak_memory
+from vswin_dist.errors import WorkFailed
 from vswin_dist.evaluation.evaluate import Views, evaluate
 from vswin_dist.manifest import Manifest, read_manifest
 from vswin_dist.model_card import ModelCard, preprocessing_of
 from vswin_dist.models.stochastic import sample_keys
 from vswin_dist.tracking import Run, RunReference
-from vswin_dist.training import checkpoint, validated
+from vswin_dist.training import checkpoint, run_record, validated
 from vswin_dist.training.checkpoint import CheckpointWriter, Position, Saved
 from vswin_dist.training.early_stop import EarlyStop
 from vswin_dist.training.engine import Engine, be_deterministic
@@ -150,7 +151,7 @@ class Trainer:
         Raises:
             WorkFailed: losses or gradients are not finite. DataError: too many corrupt samples, or shards that changed.
         """
-        start = self.restore()
+        done = start = self.restore()
         batches = iter(self.loader)
         self.began = time.perf_counter()
         for step in range(start, self.last_step):
@@ -173,7 +174,7 @@ class Trainer:
             if not self.pending:
                 self.began = time.perf_counter()
         self.writer.finish()
-        self.log_memory()
+        self.log_memory(done)
 
     def due(self, done: int, stopping: bool = False) -> Due:
         """Say what follows when `done` steps are done, and whether the training is `stopping` there."""
@@ -225,8 +226,6 @@ class Trainer:
         """
         self.timer.heartbeat.beat("log", self.pending[-1].step + 1)
         found, corrupt = average(self.pending, self.rank)
-        with self.writer.kept():
-            self.skipped.check(self.pending, found, self.rank)
         seconds = (time.perf_counter() - self.began) / len(self.pending)  # of a step
         clips = self.plan.global_batch / seconds
         spent = times(self.timer.take(), len(self.pending))
@@ -236,6 +235,8 @@ class Trainer:
             speed = {"train/clips_per_second": clips, "train/data_wait_share": wait}
             known = {name: value for name, value in values.items() if math.isfinite(value)}  # not those of a skipped step
             self.tracking.log(metrics.step + 1, known | speed | metrics.rates)
+        with self.writer.kept():
+            self.skipped.check(self.pending, found, self.rank)
         done, mean = self.pending[-1].step + 1, sum(loss for loss, _ in found) / len(found)
         spent["time/other_s"] = max(0.0, seconds - sum(spent.values()))
         self.tracking.log(done, spent | self.utilisation.metrics(seconds) | self.skipped.metrics | self.loader.metrics)
@@ -318,7 +319,7 @@ class Trainer:
             samples_into_epoch=within * self.plan.global_batch,
             run_id=self.config.run.run_id,
             fingerprint=self.manifest.fingerprint,
-            settings=to_flat(self.settings),
+            settings=run_record.recorded(self.settings) | {"model.init": self.config.lineage.get("initialised_from")},
             data=self.loader.state_dict(),
             metrics=metrics,
             groups=self.engine.group_records(),
@@ -341,7 +342,13 @@ class Trainer:
             newest = checkpoint.newest_whole(self.config.checkpoints)
             url = newest.url if newest else ""
             checkpoint.begin(self.config.checkpoints, newest.position.step if newest else 0, self.config.run.fence)
-        if url := self.rank.broadcast(url):
+        url = self.rank.broadcast(url)
+        if not url and self.config.lineage.get("initialised_from") and not self.settings.model.init:
+            raise WorkFailed(
+                f"no checkpoint in {self.config.checkpoints} is whole; what is damaged was renamed to damaged-... The same "
+                "command begins again with the weights that the training was started from."
+            )
+        if url:
             position = checkpoint.read_position(url)
             self.engine.load_weights(checkpoint.load_weights(url))
             self.engine.load_moments(checkpoint.load_moments(url), position.step, position.groups)
@@ -361,8 +368,8 @@ class Trainer:
         )
         return done
 
-    def log_memory(self) -> None:
-        """Print and log each rank's peak memory: of the device, or of the process where that is the CPU."""
+    def log_memory(self, done: int) -> None:
+        """Print and log, after `done` steps, each rank's peak memory: of the device, or of its process on a CPU."""
         peaks = self.rank.gather(peak_memory(self.rank.device) / 2**30)
         self.rank.print(f"peak memory per rank: {', '.join(f'{p:.2f}' for p in peaks)} GiB")
-        self.tracking.log(self.last_step, {f"system/peak_memory_gib_rank_{r}": p for r, p in enumerate(peaks)})
+        self.tracking.log(done, {f"system/peak_memory_gib_rank_{r}": p for r, p in enumerate(peaks)})

@@ -264,6 +264,26 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded() -> None:
         run(subject(random_model(window_size=WINDOW)), "timm-2d", Path("never"))
 
 
+@pytest.mark.parametrize("place", ["models", "models/", "new/", "s3://bucket", "s3://bucket/a/"])
+def test_a_file_is_not_put_at_a_folder(place: str, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    out = storage.join(str(tmp_path), place)
+    with pytest.raises(
+        ConfigError, match=f"--out {out} names a folder, .*: name it, as in --out {out.rstrip('/')}/model.pth"
+    ):
+        export.check_request("official", "models:/a/1", out, False)
+    export.check_request("huggingface", "models:/a/1", str(tmp_path / "models"), False)
+    assert [path.name for path in tmp_path.rglob("*")] == ["models"]
+
+
+@pytest.mark.parametrize("form", ["official", "huggingface"])
+def test_a_place_that_takes_no_files_is_refused_before_anything_is_loaded(form: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PreflightError, match=f"cannot write to {tmp_path}/file"):
+        export.check_request(form, "models:/a/1", f"{tmp_path}/file/a", False)
+    export.check_request(form, "models:/a/1", f"{tmp_path}/a", False)
+
+
 def test_an_untrained_model_needs_a_shape() -> None:
     with pytest.raises(ConfigError, match="give --clip FRAMES HEIGHT WIDTH"):
         choose_clips(ModelCard({}, [], {}), None, None)
@@ -289,6 +309,19 @@ def test_the_job_offers_every_form(job: Any) -> None:
 def submit(job: Any, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     monkeypatch.setattr(sys, "argv", ["export.py", *words])
     return run_command(job["main"])
+
+
+def test_the_job_asks_the_endpoint_that_it_was_given(
+    job: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(storage, "ATTEMPTS", 1)
+    for name in ("AWS_ENDPOINT_URL_S3", "MLFLOW_S3_ENDPOINT_URL"):
+        monkeypatch.setenv(name, "http://127.0.0.1:7")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    asked = ("nowhere", "--to", "official", "--out", "s3://bucket/a.pth", "--s3-endpoint", "http://127.0.0.1:9")
+    assert submit(job, monkeypatch, *asked) == 2
+    assert "http://127.0.0.1:9" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -128,6 +128,9 @@ PLANTED = [  # check, overlay, kind, path, what is put there, name
     (checks.wrong_policies, "trial", "NetworkPolicy", "spec.podSelector.matchLabels", {"app": "none"}, "postgres"),
     (checks.wrong_policies, "trial", "NetworkPolicy", "spec", OPEN, "deny"),
     (checks.wrong_policies, "trial-job", "NetworkPolicy", "spec.ingress.1", ..., "ray"),
+    (checks.wrong_policies, "trial", "NetworkPolicy", "spec.ingress", [], "prometheus"),
+    (checks.wrong_policies, "trial", "NetworkPolicy", "spec.ingress.0.from.0", {"namespaceSelector": {}}, "prometheus"),
+    (checks.wrong_policies, "trial", "NetworkPolicy", "spec.ingress.0.ports", ..., "prometheus"),
     (checks.wrong_quotas, "train-efa", "RayJob", f"{JOB}.workerGroupSpecs.0.replicas", 5, None),
     (checks.wrong_quotas, "train-efa", "RayJob", f"{GPU}.containers.0.resources.requests.other", 1, None),
     (checks.wrong_quotas, "train-efa", "LocalQueue", "metadata.name", "other", None),
@@ -179,6 +182,13 @@ def test_each_fabric_has_its_devices_and_its_variables() -> None:
         assert limits == {"nvidia.com/gpu": 8} | fabric.get(overlay, {})
         assert limits.items() <= worker.main["resources"]["requests"].items()
         assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in worker.spec["tolerations"]
+
+
+def test_what_is_to_be_replaced_is_named() -> None:
+    """The namespaces of others that policies let in."""
+    readme = " ".join((FOLDER / "README.md").read_text().split())
+    named = {name for name, _, _ in checks.let_in(world("trial"))}
+    assert named == {"kuberay-system", "monitoring"} and all(f"`{name}`" in readme for name in named)
 
 
 def test_a_job_leaves_no_cluster() -> None:

@@ -5,6 +5,7 @@ Slurm's programs are stood in for by ten lines of shell, since a CI machine has 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -145,7 +146,8 @@ STANDINS = {
         echo "srun $*" >>"$CALLS"
         case "$*" in *" rm "*) exit;; esac
         echo $$ >"$SPOOL/srun"
-        cat >"$SPOOL/input"
+        cat >"$SPOOL/coming"
+        mv "$SPOOL/coming" "$SPOOL/input"
         exec sleep 60""",
     "scancel": 'echo "scancel $*" >>"$CALLS"; kill -KILL "$(cat "$SPOOL/srun")"',
     "scontrol": 'echo "scontrol $*" >>"$CALLS"; [ "$1" != show ] || printf "%s\\n" node1 node2',
@@ -153,7 +155,7 @@ STANDINS = {
     "python": """
         echo "python $*" | head -1 >>"$CALLS"
         [ "$1" = infra/slurm/wait_for_nodes.py ] || exec "$REAL" "$@"
-        until [ "$(wc -l <"$SPOOL/input")" = 2 ]; do sleep 0.05; done
+        until [ -f "$SPOOL/input" ]; do sleep 0.05; done
         echo . >>"$SPOOL/waited"
         set -- $WAITS
         shift "$(($(wc -l <"$SPOOL/waited") - 1))"
@@ -174,6 +176,7 @@ class Allocation:
     """A folder with stand-ins, in which the script runs as on the first node."""
 
     folder: Path
+    credentials: str = "MARKED=the-secret\n"
 
     def start(self, *job: str, waits: str = "0 0", mode: int = 0o600) -> subprocess.Popen[str]:
         """Start the script with a job; `waits`: the exit codes of wait_for_nodes.py."""
@@ -182,7 +185,7 @@ class Allocation:
             (self.folder / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
             (self.folder / "bin" / name).chmod(0o755)
         (self.folder / "environment").write_text(f"PATH={self.folder}/bin:$PATH\n")
-        (self.folder / "credentials").write_text("MARKED=the-secret\n")
+        (self.folder / "credentials").write_text(self.credentials)
         (self.folder / "credentials").chmod(mode)
         (self.folder / "driver.py").write_text(DRIVER)
         own = {
@@ -276,6 +279,48 @@ def test_what_cannot_be_is_refused_in_a_line(allocation: Allocation, mode: int, 
     output, _ = script.communicate(timeout=30)
     assert script.returncode == 2 and error in output and len(output.splitlines()) == 1
     assert not allocation.calls(), "nothing is started"
+
+
+VALUES = {"MARKED": "p$HOME`id`&b;c #d", "SPACED": ' two  words\\ "quoted" \'s ', "EQUAL": "a=b=", "EMPTY": "", "LAST": "#x"}
+CREDENTIALS = "# MLflow's account\n\n" + "\n".join(f"{name}={value}" for name, value in VALUES.items())  # no newline ends it
+
+
+def test_credentials_come_to_the_driver_as_they_stand(allocation: Allocation) -> None:
+    allocation.credentials = CREDENTIALS
+    show = f"import os, json; print(json.dumps({{name: os.environ[name] for name in {list(VALUES)}}}))"
+    script = allocation.start("python", "-c", show)
+    output, _ = script.communicate(timeout=30)
+    assert script.returncode == 0, output
+    ended = re.escape(f"{SCRIPT}: line ") + r"\d+: +\d+ (Done|Killed) [^\n]*\n[^\n]*srun [^\n]*\n( .*\n)*"  # bash says so
+    said = re.sub(ended, "", output)
+    lines = [line for line in said.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)]
+    assert [json.loads(line) for line in lines] == [VALUES], "no value was run, and none is in the log otherwise"
+    assert (allocation.folder / "input").read_text().split("\n", 1)[1] == CREDENTIALS
+
+
+def test_credentials_come_to_ray_as_they_stand(tmp_path: Path) -> None:
+    (tmp_path / "environment").write_text(f"PATH={tmp_path}:$PATH\n")
+    show = f"import os, json; print(json.dumps({{name: os.environ[name] for name in {list(VALUES)}}}))"
+    (tmp_path / "ray").write_text(f"#!{sys.executable}\n{show}\n")
+    (tmp_path / "ray").chmod(0o755)
+    own = {"VSWIN_RUN": "run", "RAY_AUTH_TOKEN_PATH": "token", "VSWIN_ENV": "environment"}
+    env = {name: f"{tmp_path}/{place}" for name, place in own.items()}
+    env |= {"SLURMD_NODENAME": "node1", "VSWIN_HEAD": "node1", "VSWIN_ADDRESS": "10.77.1.1:1", "SLURM_CPUS_ON_NODE": "2"}
+    command = ["bash", str(SCRIPTS[1]), "2", "3"]
+    done = subprocess.run(
+        command, input=f"a-token\n{CREDENTIALS}", env={"PATH": os.environ["PATH"], **env}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert json.loads(done.stdout) == VALUES and (tmp_path / "token").read_text() == "a-token"
+
+
+@pytest.mark.parametrize("line", ["export MARKED=the-secret", "the-secret", "A B=the-secret", "=the-secret"])
+def test_a_line_that_is_no_credential_is_refused_by_its_number(allocation: Allocation, line: str) -> None:
+    allocation.credentials = f"A=1\n{line}\n"
+    script = allocation.start(*allocation.driver(0))
+    output, _ = script.communicate(timeout=30)
+    assert script.returncode == 2 and "line 2 is not NAME=value" in output and len(output.splitlines()) == 1
+    assert "the-secret" not in output and not allocation.calls()
 
 
 @pytest.mark.slow

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from vswin_dist.config import recipe_names
+from vswin_dist.config import load_settings, recipe_names, recipe_text
 from vswin_dist.errors import ConfigError
+from vswin_dist.manifest import read_manifest
 from vswin_dist.planning.hardware import GPUS, SOURCES, Coefficients
+from vswin_dist.planning.plan import CapacityPlan
 from vswin_dist.planning.throughput import Work, at_fixed_batch, collective, micro_batch_time, step_time
 
 GPU, C = GPUS["h200-141"], Coefficients()
@@ -78,6 +82,45 @@ def test_the_picture_and_the_size_of_a_real_set(
     output = capsys.readouterr()
     assert "epochs of 52 videos on a100-80" in output.out and "Kinetics" not in output.err
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_recipes_own_set_is_planned_for_and_what_is_taken_of_it(
+    motion_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, manifest = tmp_path / "own.yaml", read_manifest(f"{motion_shards}/train")
+    recipe.write_text(f"{recipe_text('demo')}\ndata.train: {motion_shards}/train\n")
+    own = np.bincount(manifest.samples.numbers("class_id"))
+    half, first = sum(max(1, round(0.5 * int(n))) for n in own), manifest.classes[0]
+    for name, given, videos in (
+        (str(recipe), [], "52"),
+        (str(recipe), ["data.subset=0.5", "training.max_steps=3"], f"{half}"),
+        (str(recipe), [f"data.classes=[{first}]"], f"{own[0]}"),
+        (str(recipe), ["--samples", "1000", "data.subset=0.5"], "500"),
+        ("demo", ["data.subset=0.25"], "60,109"),
+    ):
+        assert plan(monkeypatch, "--recipe", name, "--gpus", "1", *given) == 0
+        steps = ", at most 3 steps" if "training.max_steps=3" in given else ""
+        assert f"epochs of {videos} videos on h100-80{steps}\n" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"data\.train is empty"):
+        plan(monkeypatch, "--recipe", str(recipe), "data.train=")
+
+
+def test_hours_are_those_of_what_is_trained() -> None:
+    def hours(*settings: str) -> list[float]:
+        """With the recipe's batch, and with one micro-batch of 8 clips."""
+        s = load_settings("demo", ["data.train=any", "training.micro_batch=8", "training.epochs=100000", *settings])
+        plan = replace(made, settings=s)
+        rows = [plan.row(plan.fixed()[0], False), plan.row(plan.grown()[0], True)]
+        return [float(row.split("|")[-2].strip(" *").replace(",", "")) for row in rows]
+
+    made = CapacityPlan.make(load_settings("demo", ["data.train=any"]), "h100-80", 1, 240_436, 400, C)
+    fixed, grown = hours()
+    assert fixed > 1000 and grown > 1000
+    assert hours("data.repeats=2") == pytest.approx([fixed * 2, grown * 2], abs=2)
+    batch = made.settings.training.global_batch
+    steps = 100_000 * 240_436 // (2 * batch)  # half of them with the recipe's batch
+    assert hours(f"training.max_steps={steps}") == pytest.approx([fixed / 2, grown / 2 * 8 / batch], abs=1)
+    assert hours("training.max_steps=10000000000") == [fixed, grown]
 
 
 @pytest.mark.parametrize(("arguments", "said"), [(("--gpu", "h100-8"), "h100-80"), (("--gpus", "0"), "one GPU or more")])

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import tarfile
 import zlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from vswin_dist import storage
 from vswin_dist.errors import DataError
 from vswin_dist.manifest import Manifest, Sample, Shard, write_manifest
-from vswin_dist.serving.batch import Identity, Store, Video, find_videos, parts, predict_part
+from vswin_dist.serving.batch import FORMAT, Identity, Known, Row, Store, Video, find_videos, parts, predict_part
 from vswin_dist.serving.predict import load_predictor
 
 
@@ -35,7 +38,11 @@ def videos(video: str, tmp_path: Path) -> Path:
 @pytest.fixture
 def shards(video: str, tmp_path: Path) -> str:
     """One shard with the video, and with one whose bytes are not those of the manifest."""
-    content, place = Path(video).read_bytes(), tmp_path / "shards"
+    return make_shards(video, tmp_path / "shards")
+
+
+def make_shards(video: str, place: Path) -> str:
+    content = Path(video).read_bytes()
     place.mkdir()
     with tarfile.open(place / "0.tar", "w") as tar:
         for key in ("x", "y"):
@@ -69,6 +76,42 @@ def test_videos_are_found_in_folders_lists_shards_and_by_name_each_once(videos: 
             find_videos([str(tmp_path / nothing)])
 
 
+def test_lists_are_texts_in_utf_8_with_or_without_a_mark(tmp_path: Path) -> None:
+    listed = tmp_path / "list.txt"
+    with pytest.raises(DataError, match=r"no video at .*list\.txt"):
+        find_videos([str(listed)])
+    listed.write_text("/a/é.mp4\nb.mp4\n", encoding="utf-8-sig")
+    assert [v.key for v in find_videos([str(listed)])[0]] == ["/a/é.mp4", "b.mp4"]
+    listed.write_bytes("/a/é.mp4\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"list\.txt is no list of videos, which is a text in UTF-8"):
+        find_videos([str(listed)])
+
+
+def test_a_key_that_names_two_videos_is_refused(video: str, shards: str, tmp_path: Path) -> None:
+    """Two sets of shards with equal keys, asked for at once, and the second one after the first."""
+    other, identity = make_shards(video, tmp_path / "other"), Identity("w", "c", 1, 1, 1, False)
+    why = rf"the key 'x', one in {shards}/0\.tar and one in {other}/0\.tar: give each set of videos an --out of its own"
+    with pytest.raises(DataError, match=why):
+        find_videos([shards, other])
+    store, asked = Store(str(tmp_path / "out"), identity), find_videos([shards, shards])[0]
+    store.add([Row(v.key, v.url, error="bad") for v in asked[:1]])
+    assert store.done() == {"x": Known(f"{shards}/0.tar", "bad")}
+    assert parts(asked, store.done(), 4) == [asked[1:]]
+    with pytest.raises(DataError, match=why):
+        parts(find_videos([other])[0], store.done(), 4)
+
+
+def test_an_output_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    """It has no column of URLs."""
+    identity = Identity("w", "c", 1, 1, 1, False)
+    store = Store(str(tmp_path), identity)
+    table = pa.table({"key": ["a"], "error": ["bad"]})
+    earlier = json.dumps(asdict(replace(identity, version=1))).encode()
+    pq.write_table(table.replace_schema_metadata({FORMAT: earlier}), tmp_path / "part-a.parquet")
+    with pytest.raises(DataError, match="other version: name another --out, or give --fresh"):
+        store.done()
+
+
 @pytest.mark.slow
 def test_a_row_for_each_video_and_the_rest_after_an_end_in_the_middle(
     videos: Path, shards: str, folder: str, tmp_path: Path
@@ -87,6 +130,7 @@ def test_a_row_for_each_video_and_the_rest_after_an_end_in_the_middle(
 
     table = pandas.read_parquet(store.url).set_index("key").loc[[v.key for v in asked]]
     assert len(table) == len(asked) == 6
+    assert list(table["url"]) == [v.url for v in asked]
     bad = table[table["error"].notna()]
     assert [key.rsplit("/", 1)[-1] for key in bad.index] == ["bad.mp4", "y"]
     assert "cannot be decoded" in bad["error"].iloc[0] and "are damaged (crc32" in bad["error"].iloc[1]

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import uvicorn
+from fastapi import HTTPException
 
 from tests.support.chromium import chromium, drop_file
 from tests.support.ports import free_port
@@ -32,6 +34,7 @@ from vswin_dist.models.weights.portable import write_model
 from vswin_dist.serving.__main__ import main
 from vswin_dist.serving.predict import Predictor, load_predictor
 from vswin_dist.serving.service import Engine, ServiceLimits, build_app
+from vswin_dist.video import Video
 
 LIMITS = ServiceLimits(megabytes=0.2, videos=3, seconds=20, pixels=100 * 100)
 
@@ -107,7 +110,7 @@ def test_a_video_has_its_best_classes_and_the_frames_that_were_seen(service: Ser
 
 def test_a_bad_video_is_an_error_for_that_one_alone(service: Service, content: bytes) -> None:
     bad, good = base64.b64encode(b"no video").decode(), base64.b64encode(content).decode()
-    status, found = service.ask("POST", "/predict/many", json.dumps({"videos": [good, bad, "?"]}).encode())
+    status, found = service.ask("POST", "/predict/many", json.dumps({"videos": [good, bad, "é"]}).encode())
     one, two, three = found["predictions"]
     assert status == 200 and len(one["classes"]) == 3
     assert two["error"].startswith("the video: cannot be decoded") and three["error"].startswith("the video is no base64")
@@ -157,6 +160,27 @@ def test_an_answer_that_takes_too_long_is_an_error_that_asks_to_come_back(servic
         service.delay_s = 0.0
         object.__setattr__(service.engine, "limits", usual)
     assert status == 503 and "no answer within 0.5 s" in found["error"]
+
+
+def test_a_video_that_takes_too_long_to_decode_is_refused_and_not_told_to_come_back(
+    folder: str, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, limits = Video.frames, ServiceLimits(seconds=3)
+
+    def slowly(video: Video) -> Iterator[av.VideoFrame]:
+        for frame in usual(video):
+            time.sleep(0.4)
+            yield frame
+
+    async def score(views: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the model is not asked")
+
+    monkeypatch.setattr(Video, "frames", slowly)
+    engine = Engine("m", load_predictor(folder, limits=limits.of_a_video), limits, score)
+    with pytest.raises(HTTPException, match=r"decoding it takes more than 1 s") as refused:
+        asyncio.run(engine.predict(content, 0))
+    engine.threads.shutdown()
+    assert refused.value.status_code == 422
 
 
 def test_pages_and_description_need_nothing_from_elsewhere(service: Service) -> None:

@@ -31,6 +31,6 @@ def test_what_names_no_video_is_refused(video: object) -> None:
 
 
 def test_what_is_no_base64_is_refused() -> None:
-    for text in ("data:video/mp4;base64,a?b", "?" * (LONGEST_PATH + 1)):
+    for text in ("data:video/mp4;base64,a?b", "?" * (LONGEST_PATH + 1), "data:video/mp4;base64,AAé="):
         with pytest.raises(DataError, match=r"^the video is no base64"):
             read_video(text)

@@ -22,7 +22,7 @@ from vswin_dist.errors import CheckpointError, FencedOut
 from vswin_dist.lease import UNFENCED, Fence
 from vswin_dist.model_card import ModelCard
 from vswin_dist.training import checkpoint
-from vswin_dist.training.checkpoint import Position
+from vswin_dist.training.checkpoint import Position, files
 
 MOMENTS = "optimizer-00000.safetensors"
 CARD = ModelCard({"name": "swin_nano", "num_classes": 2}, ["a", "b"], {}, {})
@@ -186,6 +186,14 @@ def test_damage_is_found(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"optimizer-00000\.safetensors is damaged: sha256"):
         checkpoint.load_moments(url)
+
+
+def test_one_on_a_disk_is_read_where_it_lies(tmp_path: Path) -> None:
+    """Of eight ranks with a checkpoint of gigabytes each copy would be one in the memory of most nodes' /tmp."""
+    url = save(tmp_path, 1)
+    with files.fetched(url, files.MODEL) as paths:
+        assert paths == [Path(url) / files.MODEL]
+    assert checkpoint.load_weights(url).keys() and Path(url, files.MODEL).exists()
 
 
 def test_the_best_and_the_newest_stay(tmp_path: Path) -> None:

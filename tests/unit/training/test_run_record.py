@@ -13,7 +13,7 @@ import pytest
 from vswin_dist.config import load_settings, to_flat
 from vswin_dist.errors import ConfigError, PreflightError
 from vswin_dist.training.launch import check_unchanged
-from vswin_dist.training.run_record import FILE, RunRecord, next_number, read, to_resume, write
+from vswin_dist.training.run_record import FILE, RunRecord, next_number, read, recorded, to_resume, write
 
 
 def known(root: Path, finished: bool = False, step: int = 0) -> RunRecord:
@@ -112,3 +112,9 @@ def test_a_training_that_another_driver_changed_after_the_checks_is_refused(tmp_
     for spec in (fresh, resumes):
         with pytest.raises(PreflightError, match="was changed by another driver just now: give the command again"):
             check_unchanged(spec)
+
+
+def test_what_gives_access_to_the_tracking_store_stands_in_no_record() -> None:
+    s = load_settings("demo", ["data.train=/x", "tracking.uri=postgresql://user:pa55@db/mlflow"])
+    assert "pa55" not in json.dumps(recorded(s)) and recorded(s)["tracking.uri"] == "postgresql://db/mlflow"
+    assert recorded(s).keys() == to_flat(s).keys()

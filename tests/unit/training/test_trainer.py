@@ -24,6 +24,7 @@ from vswin_dist.model_card import ModelCard
 from vswin_dist.tracking import NullRun, RunReference
 from vswin_dist.training import checkpoint, trainer
 from vswin_dist.training.checkpoint import Position
+from vswin_dist.training.engine import Engine
 from vswin_dist.training.heartbeat import Heartbeat
 from vswin_dist.training.step_metrics import Outcome, StepMetrics
 from vswin_dist.training.trainer import Due, Trainer, WorkerConfig
@@ -102,14 +103,17 @@ def test_steps_have_the_mean_of_the_wall_time_until_the_device_is_done(
         (1.0, -1.0, "the norm of the gradient is -1.0 at step 8"),
     ],
 )
-def test_what_is_not_finite_stops_the_run_before_it_is_logged(loss: float, norm: float, words: str, tmp_path: Path) -> None:
+def test_what_is_not_finite_stops_the_run_and_what_was_before_it_is_logged(
+    loss: float, norm: float, words: str, tmp_path: Path
+) -> None:
     log = Log()
     t = a_trainer(log, root=str(tmp_path))
     t.pending = [metrics(6, 1.0), metrics(7, loss, norm)]
     report = tmp_path / "not-finite-00000008.json"
     with pytest.raises(WorkFailed, match=f"{words}; .* are in {re.escape(str(report))}"):
         t.log_steps()
-    assert log.rows == {}
+    assert log.rows[7]["train/loss"] == 1.0 and log.rows.keys() == {7, 8}
+    assert all(math.isfinite(value) for value in log.rows[8].values())
     assert json.loads(report.read_text())["steps"] == [
         {
             "step": 8,
@@ -209,3 +213,25 @@ def test_a_deterministic_run_begins_with_deterministic_algorithms(asked: bool, m
     with pytest.raises(DataError, match="no shards at /none"):
         Trainer.build(config(f"training.deterministic={str(asked).lower()}"), RANK, NullRun(), lambda *_: None, Heartbeat())
     assert begun == [True] * asked
+
+
+def test_peak_memory_is_logged_at_the_last_step_that_was_done() -> None:
+    log = Log()
+    a_trainer(log, steps=18).log_memory(5)
+    assert list(log.rows) == [5] and log.rows[5]["system/peak_memory_gib_rank_0"] > 0
+
+
+def test_a_rank_that_fails_in_an_evaluation_waits_for_no_other() -> None:
+    """The averaged weights go back by a collective operation, in which the others are not."""
+    exchanged: list[str] = []
+    engine: Any = SimpleNamespace(
+        module=torch.nn.Linear(1, 1),
+        stage=2,
+        device=torch.device("cpu"),
+        input_dtype=torch.float32,
+        _exchange=lambda: exchanged.append("for the average"),
+    )
+    with pytest.raises(DataError), Engine.full_module(engine, averaged=True) as module:
+        assert not module.training
+        raise DataError("a shard is away")
+    assert exchanged == ["for the average"] and engine.module.training

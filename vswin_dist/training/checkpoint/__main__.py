@@ -131,8 +131,13 @@ def export(root: str, step: str, layout: str, target: str) -> int:
 
 def _chosen(root: str, step: str) -> str:
     found = [look(url, wholly=False) for url in folders(root)]
-    if step.isdecimal() or len(found) == 1:
-        named = [e.url for e in found if len(found) == 1 or (_step(e.url) == int(step) and e.state != APART)]
+    if step.isdecimal():
+        known = [(_step_of(e), e.url) for e in found if e.state != APART or len(found) == 1]
+        named = [url for number, url in known if number == int(step)]
+        if not named and (there := sorted({number for number, _ in known if number >= 0})):
+            raise CheckpointError(f"no checkpoint {step} at {root}: there are those of step {', '.join(map(str, there))}")
+    elif len(found) == 1:
+        named = [found[0].url]
     else:
         whole = [Found(e.url, e.position) for e in found if e.position and e.state == WHOLE]
         top = best(whole) if step == "best" else whole[-1] if whole else None
@@ -140,6 +145,11 @@ def _chosen(root: str, step: str) -> str:
     if not named:
         raise CheckpointError(f"no checkpoint {step} at {root}: `list` shows those that are there")
     return named[-1]
+
+
+def _step_of(entry: Entry) -> int:
+    """Return what the checkpoint says, or else the name of its folder; -1: neither does."""
+    return entry.position.step if entry.position else _step(entry.url)
 
 
 def _step(url: str) -> int:

@@ -182,16 +182,18 @@ def load_moments(url: str) -> dict[str, Tensor]:
 
 @contextmanager
 def fetched(url: str, *names: str) -> Iterator[list[Path]]:
-    """Yield copies on this machine of files of the checkpoint at `url`, each of the sha256 of what was written.
+    """Yield files of the checkpoint at `url`, each of the sha256 of what was written: copies of those of object storage.
 
     Raises:
         CheckpointError: another was read.
     """
     written = read_commit(url).files
     with tempfile.TemporaryDirectory(prefix=SCRATCH) as folder:
-        paths = [Path(folder) / name for name in names]
+        here = storage.is_local(url)  # as a file system that nodes share
+        paths = [Path(storage.absolute(url) if here else folder) / name for name in names]
         for name, path in zip(names, paths, strict=True):
-            storage.get_file(storage.join(url, name), path)
+            if not here:
+                storage.get_file(storage.join(url, name), path)
             sha256, expected = _sha256(path), written[name].sha256
             if sha256 != expected:
                 raise CheckpointError(f"{url}/{name} is damaged: sha256 {sha256[:12]}..., expected {expected[:12]}...")

@@ -21,7 +21,7 @@ import torch
 
 from vswin_dist import storage
 from vswin_dist.device import Rank
-from vswin_dist.errors import VswinError, WorkFailed
+from vswin_dist.errors import Replaced, VswinError
 from vswin_dist.lease import UNFENCED, Fence
 from vswin_dist.model_card import CARD, ModelCard, card_bytes
 from vswin_dist.training.checkpoint.files import MODEL, Position, Written, commit, folder_name, moments_file, write
@@ -216,14 +216,14 @@ class CheckpointWriter:
         """Refuse to write for ranks that others have replaced.
 
         Raises:
-            WorkFailed: others have.
+            Replaced: others have.
         """
         try:
             found = storage.read_bytes(storage.join(self.root, ATTEMPT)).decode()
         except FileNotFoundError:
             found = "its folder is gone"
         if found != self.attempt:
-            raise WorkFailed(f"{self.root} is written by another start of this training now ({found}): this one ends")
+            raise Replaced(f"{self.root} is written by another start of this training now ({found}): this one ends")
 
 
 def _in_background(work: Callable[[], T]) -> Future[T]:
