@@ -17,7 +17,7 @@ from data_prep.progress import say
 from data_prep.settings import PROFILES, Encoding, PrepSettings, parse_size
 from vswin_dist import storage
 from vswin_dist.errors import ConfigError, before_start, run_command
-from vswin_dist.manifest import SAMPLINGS, Manifest, read_manifest
+from vswin_dist.manifest import SAMPLINGS, Manifest, manifest_url, read_manifest
 
 LEAST_MEMORY = 64 << 20  # bytes; an idle worker takes 30 MB
 
@@ -266,7 +266,8 @@ def retry_command(arguments: argparse.Namespace) -> int:
     with before_start():
         before = read_manifest(arguments.url).counts
     manifest = retry(arguments.url, arguments.workers)
-    refresh_reports(manifest, storage.absolute(arguments.url), arguments.workers or os.cpu_count() or 1)
+    folder = manifest_url(storage.absolute(arguments.url)).rpartition("/")[0]
+    refresh_reports(manifest, folder, arguments.workers or os.cpu_count() or 1)
     print(f"{manifest.counts['kept'] - before['kept']:,} of {before['rejected']:,} rejected videos are kept now")
     print_result(manifest, arguments.url)
     return 0

@@ -79,6 +79,7 @@ class ShardRange:
 
     start: int
     end: int
+    number: int  # of the record
     covered: Sequence[int]  # small: a range, or an array
 
 
@@ -96,7 +97,7 @@ def read_ranges(out: str) -> dict[int, ShardRange]:
     """Read what the records of the output cover, by start. The records themselves would be large all at once."""
     names = [n for n in storage.list_names(storage.join(folder(out), "records")) if n.endswith(".json")]
     found = (read_record(out, int(name.removesuffix(".json"))) for name in names if not name.startswith("."))
-    return {r.start: ShardRange(r.start, r.end, array("i", r.indices) or range(r.start, r.end)) for r in found}
+    return {r.start: ShardRange(r.start, r.end, r.number, array("i", r.indices) or range(r.start, r.end)) for r in found}
 
 
 def read_specification(out: str) -> dict[str, Any] | None:

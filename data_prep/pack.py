@@ -22,7 +22,7 @@ from data_prep.journal import ShardRecord, Staging, read_record, record_url
 from data_prep.settings import PrepSettings
 from data_prep.sources.items import Item
 from vswin_dist import local_files, storage
-from vswin_dist.errors import WorkFailed
+from vswin_dist.errors import StorageError, WorkFailed
 from vswin_dist.manifest import Reject, Sample, Shard
 
 BLOCK = 512
@@ -152,15 +152,28 @@ def write_shard(
 
 
 def _bytes_of(entry: Entry, staging: Staging) -> bytes:
-    if not entry.source_url:
-        data = staging.payload(entry.index)
-    elif storage.is_local(entry.source_url):
-        data = Path(storage.absolute(entry.source_url)).read_bytes()  # small files by the hundred thousand
-    else:
-        data = storage.read_bytes(entry.source_url)
-    if len(data) != entry.outcome.size or zlib.crc32(data) != entry.outcome.crc32:
+    """Read the bytes to pack. What is not there any more as it was verified loses its verdict: the next run verifies it.
+
+    Raises:
+        WorkFailed: it is not. StorageError: the storage fails.
+    """
+    try:
+        if not entry.source_url:
+            data = staging.payload(entry.index)
+        elif storage.is_local(entry.source_url):
+            data = Path(storage.absolute(entry.source_url)).read_bytes()  # small files by the hundred thousand
+        else:
+            data = storage.read_bytes(entry.source_url)
+        changed = len(data) != entry.outcome.size or zlib.crc32(data) != entry.outcome.crc32
+        problem = "changed since it was verified" if changed else ""
+    except (OSError, StorageError) as error:
+        if isinstance(error, StorageError) and error.retriable:
+            raise
+        problem = f"cannot be read any more since it was verified ({error})"
+    if problem:
+        staging.discard([entry.index])
         where = entry.source_url or "its staged copy"
-        raise WorkFailed(f"{entry.item.source_id}: {where} changed since it was verified. Run the same command again.")
+        raise WorkFailed(f"{entry.item.source_id}: {where} {problem}. Run the same command again, which verifies it anew.")
     return data
 
 
@@ -176,7 +189,9 @@ class _TarStream:
         self.tar: Any = TarWriter(self, encoder=False, mtime=0, user="root", group="root")
 
     def write(self, data: bytes) -> int:
-        """Take what tarfile writes."""
+        """Take what tarfile writes; after the file is closed, that is the rest of a shard that was given up."""
+        if self.file.closed:
+            return len(data)
         self.file.write(data)
         self.digest.update(data)
         self.count += len(data)

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NoReturn
 
 from data_prep import journal, sources
 from data_prep.archive_feed import ArchiveFeed
@@ -22,15 +22,16 @@ from data_prep.compact import Lookup, TextList
 from data_prep.encode import Outcome
 from data_prep.executor import Done, Executor, LocalExecutor, Task
 from data_prep.order import Feed, FileFeed, in_order
-from data_prep.pack import Entry, PackTask, is_full, tar_bytes
+from data_prep.pack import Entry, PackTask, is_full, shard_name, tar_bytes
 from data_prep.progress import Progress, say
 from data_prep.report import write_reports
 from data_prep.settings import PrepSettings
 from data_prep.tasks import RESUME, pack_shard, process_sample
+from data_prep.verify import extra_shards
 from vswin_dist import local_files, storage
 from vswin_dist.columns import Builder, Table
 from vswin_dist.errors import WorkFailed, after_start, before_start
-from vswin_dist.lease import Fence
+from vswin_dist.lease import UNFENCED, Fence
 from vswin_dist.manifest import FILE_NAME, Manifest, Reject, Sample, Shard, nfc, read_manifest, write_manifest
 
 SPARE_BYTES = 256 << 20  # that may wait for their shard, beside twice the shard's size
@@ -81,7 +82,7 @@ def shard_dataset(
 
 def _finish(preparation: Preparation, pool: Executor, fence: Fence, show_progress: bool) -> Manifest:
     """Publish what is missing: shards, reports, and last the manifest."""
-    attempt = Attempt(preparation, pool, show_progress)
+    attempt = Attempt(preparation, pool, show_progress, fence)
     attempt.finish()
     total, unlabelled = attempt.total, TextList(attempt.feed.unlabelled)  # without the paths of all files
     del attempt
@@ -90,6 +91,7 @@ def _finish(preparation: Preparation, pool: Executor, fence: Fence, show_progres
     manifest = assemble(preparation, total, notes)
     if show_progress:
         say(notes[len(preparation.listing.notes) :])
+        say(note_of_unlisted(manifest, preparation.out))
     write_reports(manifest, preparation.out, unlabelled, notes, pool)
     fence.check()
     write_manifest(manifest, preparation.out)  # last: where it stands, everything stands
@@ -205,8 +207,9 @@ class Contents:
 class Attempt:
     """Processes what is not yet finished of a preparation, once through."""
 
-    def __init__(self, preparation: Preparation, executor: Executor, show_progress: bool) -> None:
+    def __init__(self, preparation: Preparation, executor: Executor, show_progress: bool, fence: Fence = UNFENCED) -> None:
         self.preparation = preparation
+        self.fence = fence
         self.settings = preparation.settings
         self.executor = executor
         self.ranges = journal.read_ranges(preparation.out)
@@ -316,6 +319,8 @@ class Attempt:
         return self.cut > before
 
     def _skip(self, record: journal.ShardRecord) -> None:
+        if record.number != self.number:
+            self._forget(record.start)
         self.seen.add_record(record)
         self.rejected += len(record.rejected)
         self.cut = record.end
@@ -344,12 +349,35 @@ class Attempt:
 
     def _close_shard(self) -> None:
         start, end = self.open[0].position, self.open[-1].position + 1
+        following = min((later for later in self.ranges if later >= end), default=None)
+        if following is not None and self.number + (self.open_kept > 0) > self.ranges[following].number:
+            self._forget(following)
         archives = bool(self.preparation.listing.archives)
         self.full.append(
             PackTask(self.number, start, end, self.open, self.preparation.out, self.preparation.staging, archives)
         )
         self.number += self.open_kept > 0
         self.open, self.open_bytes, self.open_kept = [], 0, 0
+
+    def _forget(self, start: int) -> NoReturn:
+        """Remove the shards from position `start` on, before which there are now more or fewer than when they were made.
+
+        They were finished before an earlier one, and what became of its videos has changed, as of one that was missing.
+
+        Raises:
+            WorkFailed: always; the next run makes them anew. FencedOut: they are another run's now.
+        """
+        self.fence.check()
+        out = self.preparation.out
+        following = sorted(later for later in self.ranges if later >= start)
+        for later in following:
+            storage.remove(journal.record_url(out, later))
+            if (number := self.ranges[later].number) >= self.number:  # else it is that of another record
+                storage.remove(storage.join(out, shard_name(number)))
+        raise WorkFailed(
+            f"videos before position {start} came out otherwise than in an earlier run, which had finished shards after "
+            f"them: these ({len(following)}) were removed, to be made again under other numbers. {RESUME}"
+        )
 
 
 def assemble(preparation: Preparation, total: int, notes: TextList) -> Manifest:
@@ -387,5 +415,15 @@ def assemble(preparation: Preparation, total: int, notes: TextList) -> Manifest:
     )
     if not manifest.samples:
         reasons = ", ".join(f"{n} {reason}" for reason, n in manifest.counts["reasons"].items())
-        raise WorkFailed(f"not one of {manifest.read} videos could be kept: {reasons}")
+        raise WorkFailed(
+            f"not one of {manifest.read} videos could be kept: {reasons}. Once the videos are right, remove "
+            f"{journal.folder(preparation.out)}, where this stands, and run the same command again"
+        )
     return manifest
+
+
+def note_of_unlisted(manifest: Manifest, out: str) -> list[str]:
+    """Say which tars beside the manifest no record knows: `retry` makes such, and lists them once it has run again."""
+    extra = extra_shards(manifest, out)
+    remedy = f"If data-prep retry made them, run data-prep retry {out} again: it makes and lists them anew"
+    return [f"{sources.some(extra)}: not listed, since the journal knows nothing of them. {remedy}"] if extra else []

@@ -19,7 +19,7 @@ from data_prep.settings import PrepSettings, settings_of
 from data_prep.tasks import RESUME, SampleTask, process_sample
 from vswin_dist import storage
 from vswin_dist.errors import DataError, after_start, before_start
-from vswin_dist.manifest import Manifest, nfc, read_manifest
+from vswin_dist.manifest import Manifest, manifest_url, nfc, read_manifest
 
 
 @dataclass
@@ -39,15 +39,16 @@ class Finished:
 
 
 def open_finished(url: str, workers: int | None = None, show_progress: bool = True) -> Finished:
-    """Read a dataset's manifest and journal.
+    """Read the manifest and the journal of the dataset at `url` (its folder or the manifest's file).
 
     Raises:
         DataError: one of them is absent, or the encoder is not the one of then.
         PreflightError: the storage fails.
     """
+    folder = manifest_url(storage.absolute(url)).rpartition("/")[0]
     with before_start():
         manifest = read_manifest(url)
-        specification = journal.read_specification(storage.absolute(url))
+        specification = journal.read_specification(folder)
     if specification is None:
         raise DataError(f"{url} has no journal (.data-prep): it does not say where its videos came from")
     settings = settings_of(specification["settings"])
@@ -56,7 +57,7 @@ def open_finished(url: str, workers: int | None = None, show_progress: bool = Tr
             f"{url} was encoded as {manifest.encoding}, this installation would make {settings.encoding.record()}"
         )
     return Finished(
-        storage.absolute(url),
+        folder,
         manifest,
         sources.build(specification["source"]),
         settings,

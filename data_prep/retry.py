@@ -35,9 +35,11 @@ def _retry(dataset: Finished, fence: Fence) -> Manifest:
     if not ids:
         return old
     staging = dataset.staging("retry")
-    crc32s, sizes, names = (old.samples.column(name).tolist() for name in ("crc32", "size", "source_id"))
-    seen = dict(zip(zip(crc32s, sizes, strict=True), names, strict=True))
-    entries = [_without_twins(entry, seen) for entry in reprocess(dataset, ids, staging)]
+    entries = reprocess(dataset, ids, staging)
+    if not dataset.settings.keep_duplicates:
+        crc32s, sizes, names = (old.samples.column(name).tolist() for name in ("crc32", "size", "source_id"))
+        seen = dict(zip(zip(crc32s, sizes, strict=True), names, strict=True))
+        entries = [_without_twins(entry, seen) for entry in entries]
     shards, samples = list(old.shards), Builder(Sample)
     for block in old.samples.blocks():
         samples.add(block)

@@ -88,19 +88,39 @@ def _outcome(encoding: Encoding, task: SampleTask) -> tuple[Outcome, bytes | Non
             data = patiently(lambda: storage.read_bytes(url))
         else:
             data = task.data
-    except FileNotFoundError:
-        return Outcome("missing_video", "the file vanished after it was listed"), b""
+    except FileNotFoundError as error:
+        _check_folder(url, error)
+        return Outcome("missing_video", "the file vanished after it was listed"), None
     except IsADirectoryError:
         return Outcome("unreadable", "it is a folder"), b""
     except StorageError as error:
         if error.errno not in REFUSED:  # not of this video alone
             raise
-        return Outcome("unreadable", str(error)), b""
+        _check_folder(url, error)
+        return Outcome("unreadable", str(error)), None
     except OSError as error:
         return Outcome("unreadable", f"{type(error).__name__}: {error.strerror or error}"), b""
     outcome, made = process(data, encoding, task.item.name, task.item.stretch)
     stays = outcome.kept and task.data is None and not encoding.transcodes
     return outcome, b"" if stays else made
+
+
+def _check_folder(url: str, met: Exception) -> None:
+    """Check that the folder of the file at `url`, which is absent or refused, answers: then it is this file alone.
+
+    Raises:
+        WorkFailed: it does not, or holds nothing, as where a mount has dropped.
+    """
+    folder = url.rpartition("/")[0]
+    try:
+        names, why = patiently(lambda: storage.list_names(folder)), "it holds nothing"
+    except (OSError, StorageError) as error:
+        names, why = [], str(error)
+    if not names:
+        raise WorkFailed(
+            f"the videos cannot be reached any more: {str(met).rstrip('.')}; of their folder {folder}: {why.rstrip('.')}. "
+            f"See that it is there and may be read. {RESUME}"
+        ) from met
 
 
 def pack_shard(task: pack.PackTask) -> ShardRecord:

@@ -63,6 +63,12 @@ def fragment(name: str, stretch: Stretch) -> str:
 
 
 BESIDE = (".csv", ".txt", ".json", ".md", ".md5", ".sha256")  # what may lie beside archives
+NO_VIDEOS = (  # what downloaders put beside a video under its name
+    *BESIDE,
+    *(".jpg", ".jpeg", ".png", ".webp"),
+    *(".m4a", ".mp3", ".aac", ".opus", ".wav", ".flac"),
+    *(".vtt", ".srt", ".xml", ".log", ".part", ".ytdl", ".tmp"),
+)
 
 
 _SECRET = re.compile(r"[?&][^=&]*(signature|credential|token|sig|secret|password|accesskeyid)[^=&]*=", re.IGNORECASE)
@@ -82,6 +88,11 @@ def check_url(url: str) -> None:
 def is_archive(name: str) -> bool:
     """Say whether `name` is that of a tar archive."""
     return name.lower().endswith((".tar", ".tar.gz", ".tgz"))
+
+
+def is_no_video(name: str) -> bool:
+    """Say whether the ending of `name` is that of a file which lies beside a video: a picture, sound, subtitles, a part."""
+    return name.lower().endswith(NO_VIDEOS)
 
 
 def find_archives(url: str) -> list[str]:
@@ -178,6 +189,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def _find(fs: Any, path: str) -> Iterator[str]:
     """Give the paths of the files of a remote folder, sorted, in one listing for each of the folders in it.
 
+    Empty objects that stand for folders, as consoles of S3 make them (`videos/`, `videos/c1/`), are no files.
     What a file system says of a file takes kilobytes; it is let go with each of these.
     """
     found = fs.ls(path, detail=True)
@@ -193,7 +205,8 @@ def _find(fs: Any, path: str) -> Iterator[str]:
             inner = sorted(map(str, fs.find(place)))
         for file in inner:
             name = file.removeprefix(f"{path}/")
-            if name != file and not any(part.startswith(".") for part in name.split("/")):
+            parts = name.split("/")
+            if name != file and parts[-1] and not any(part.startswith(".") for part in parts):
                 yield name
 
 
@@ -272,6 +285,19 @@ def first_per_id(rows: Iterable[Item], index: str) -> tuple[Items, Lookup, list[
     if others:
         notes.append(f"{index}: {len(others):,} rows name another class than a row before, which counts: {some(others)}")
     return kept, numbers, notes
+
+
+def check_present(items: Items, index: str, videos: str) -> None:
+    """Check that at least one of the `items` of `index` has a file below `videos`.
+
+    Raises:
+        DataError: none has, as where another folder was given.
+    """
+    if not len(items.present()):
+        raise DataError(
+            f"none of the {len(items)} videos of {index} is below {videos}, for instance "
+            f"{items.source_id(0)!r}; there lie for instance {items.files[0]!r}"
+        )
 
 
 def class_list(items: Items, wanted: list[str] | None) -> list[str]:

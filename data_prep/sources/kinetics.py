@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 from data_prep.compact import Chosen, Lookup
-from data_prep.sources.base import Listing, find_archives, find_files, first_per_id
+from data_prep.sources.base import Listing, check_present, find_archives, find_files, first_per_id, is_no_video
 from data_prep.sources.csv_index import read_rows
 from data_prep.sources.items import Item, Items
 from data_prep.stretch import as_file, parse_stretch
@@ -56,6 +56,7 @@ class KineticsSource:
                         items.place(row.number, number, row.is_file)
                     if not new:
                         unlabelled.append(number)
+        check_present(items, self.annotations, self.videos)
         return Listing(items, Chosen(files, unlabelled), notes=notes)
 
     def _rows(self) -> Iterable[Item]:
@@ -120,7 +121,9 @@ class _Finder:
         return [_of_stretch(self._items[row.number], row.is_file) for row in self.rows(path)]
 
     def rows(self, path: str) -> list[_Row]:
-        """Return the rows that a file belongs to."""
+        """Return the rows that a file belongs to, none where it is no video."""
+        if is_no_video(path):
+            return []
         stem = nfc(_tail(path).rsplit(".", 1)[0])
         if (number := self._numbers.find(stem)) >= 0:
             return [_Row(number, True)]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_prep.compact import Chosen, Lookup, TextList
-from data_prep.sources.base import Listing, find_files, fragment, some
+from data_prep.sources.base import Listing, check_present, find_files, fragment, some
 from data_prep.sources.items import Items
 from data_prep.stretch import Stretch, as_file, name_holds
 from vswin_dist import storage
@@ -123,11 +123,7 @@ def list_rows(rows: Iterable[Row], videos: Videos, index: str, named: Iterable[s
             raise DataError(f"{where}: {name!r} has class {row.label!r}, in an earlier row {items.class_name(first)!r}")
         if file >= 0:
             taken[file] = True
-    if not len(items.present()):
-        raise DataError(
-            f"none of the {len(items)} files of {index} is below {videos.url}, for instance "
-            f"{items.source_id(0)!r}; there lie for instance {videos.files[0]!r}"
-        )
+    check_present(items, index, videos.url)
     for path in named:
         with contextlib.suppress(DataError):  # it was not asked for
             if (file := videos.find(videos.relative(path, index))) >= 0:

@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from data_prep.compact import Chosen
-from data_prep.sources.base import Listing, find_archives, find_files, first_per_id, natural, read_text
+from data_prep.sources.base import (
+    Listing,
+    check_present,
+    find_archives,
+    find_files,
+    first_per_id,
+    is_no_video,
+    natural,
+    read_text,
+)
 from data_prep.sources.items import Item
 from vswin_dist import storage
 from vswin_dist.errors import DataError
@@ -39,7 +48,7 @@ class Ssv2Source:
         items, numbers, notes = first_per_id(self._rows(), self.annotations)
 
         def number_of(path: str) -> int:
-            return numbers.find(nfc(path.rsplit("/", 1)[-1].rsplit(".", 1)[0]))
+            return -1 if is_no_video(path) else numbers.find(nfc(path.rsplit("/", 1)[-1].rsplit(".", 1)[0]))
 
         def find(path: str) -> list[Item]:
             number = number_of(path)
@@ -56,6 +65,7 @@ class Ssv2Source:
                 items.place(number, file, False)
             else:
                 unlabelled.append(file)
+        check_present(items, self.annotations, self.videos)
         return Listing(items, Chosen(files, unlabelled), classes, notes=notes)
 
     def _archives(self) -> list[list[str]]:

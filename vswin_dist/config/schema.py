@@ -190,6 +190,11 @@ class Settings:
                 f"training.min_workers={self.training.min_workers} is more than "
                 f"training.workers={self.training.workers}: lower the one or raise the other"
             )
+        if self.optim.freeze_epochs and not self.optim.freeze:
+            raise ConfigError(
+                f"optim.freeze_epochs={self.optim.freeze_epochs} with optim.freeze=null: nothing is frozen; name what "
+                "is, as in optim.freeze=[patch_embed]"
+            )
         if self.evaluation.ema and not self.training.ema_decay:
             raise ConfigError(
                 "evaluation.ema=true with training.ema_decay=0: no average is kept; take a decay such as 0.9999"

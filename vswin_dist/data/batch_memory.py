@@ -42,7 +42,7 @@ class BatchMemory:
     """The buffers of one process, uint8.
 
     Args:
-        ring: the name that `opened` gave the rank's side.
+        ring: the name that `open_ring` gave the rank's side.
         worker: the process, by its number; None: this is the rank itself, which shares nothing.
         most: buffers that it keeps.
     """

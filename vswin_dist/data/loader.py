@@ -2,7 +2,7 @@
 
 Worker processes are started by forkserver (s3fs does not survive a fork). Worker w of W makes the batches w, w + W,
 w + 2W, ... of its rank, so it knows what it will need and has the bytes on the way before it decodes. Memory is bounded:
-`data.prefetch` decoded batches and what `fetch.read_ahead` states for each worker. What a sample looks like depends
+`data.prefetch` decoded batches and what `shard_reader.read_ahead` states for each worker. What a sample looks like depends
 on (seed, epoch, sample, copy) alone.
 """
 

@@ -19,6 +19,7 @@ from vswin_dist.records import parse_record
 
 FORMAT = "vswin-manifest"
 VERSION = 2
+MADE_ANEW = "run the same data-prep shard command, then data-prep retry where that had added shards"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +154,7 @@ def _of_files(data: bytes, url: str) -> Manifest:
     if manifest.seal(body.samples.sha256) != body.seal:
         raise DataError(
             f"{url} was changed by hand: its classes, encoding, shards or samples are not those of fingerprint "
-            f"{body.fingerprint}. Restore it, or remove it and run the same data-prep shard command"
+            f"{body.fingerprint}. Restore it, or remove it and {MADE_ANEW}"
         )
     known = manifest.sampling in SAMPLINGS and 1 <= manifest.colours <= COLOURS
     if manifest.read != len(manifest.samples) + len(manifest.rejected) or not known:
@@ -196,7 +197,7 @@ def _read_columns(url: str, said: _ColumnFile, cls: type[Any]) -> Table[Any]:
         DataError: absent, cut short, damaged, or not such columns.
     """
     place = _beside(url, said.file)
-    remedy = "Copy it again from where the dataset was made, or remove the manifest and run the same data-prep shard command"
+    remedy = f"Copy it again from where the dataset was made, or remove the manifest and {MADE_ANEW}"
     try:
         with storage.local_copy(place) as path:
             found = parquet.size_and_sha256(path)

@@ -212,6 +212,7 @@ def test_values_that_are_typed_already_are_taken_strictly() -> None:
         ("optim.warmup_epochs=-1", "optim.warmup_epochs=-1.0: expected 0 or more"),
         ("training.epochs=3", "optim.warmup_epochs=4 is longer than the training of training.epochs=3"),
         ("evaluation.ema=true", "evaluation.ema=true with training.ema_decay=0: no average is kept"),
+        ("optim.freeze_epochs=2", "optim.freeze_epochs=2 with optim.freeze=null: nothing is frozen"),
         ("evaluation.patience=2", "evaluation.patience=2 with data.val=null: there is no val/top1"),
         ("training.precision=fp16", "training.precision=fp16 with training.zero_stage=2 on CPUs: DeepSpeed has none there"),
         ("optim.freeze=[]", "optim.freeze=[]: name parameters or modules, or null for none"),

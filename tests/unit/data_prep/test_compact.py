@@ -113,6 +113,26 @@ def test_files_are_listed_in_the_order_of_their_whole_paths(tmp_path: Path) -> N
     assert list(find_files("memory://listed")) == sorted(name for name in names if "/." not in f"/{name}")
 
 
+def test_objects_that_stand_for_folders_are_no_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the consoles of S3 make them; the names are those that s3fs gives."""
+    objects = ["b/videos/", "b/videos/c1/", "b/videos/c1/a.mp4", "b/videos/empty/"]
+
+    class Console:
+        exists = staticmethod(lambda path: True)
+
+        @staticmethod
+        def ls(path: str, detail: bool) -> list[dict[str, str]]:
+            folders = [{"name": f"b/videos/{name}", "type": "directory"} for name in ("c1", "empty")]
+            return [{"name": "b/videos/", "type": "file"}, *folders]
+
+        @staticmethod
+        def find(path: str) -> list[str]:
+            return [name for name in objects if name.startswith(f"{path}/")]
+
+    monkeypatch.setattr("vswin_dist.storage.filesystem", lambda url: (Console, "b/videos"))
+    assert list(find_files("s3://b/videos")) == ["c1/a.mp4"]
+
+
 def _walked(folder: Path) -> list[str]:
     return [f"{root}/{name}" for root, _, names in os.walk(folder, followlinks=True) for name in names]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import executor, journal
+from data_prep import cli, executor, journal
 from data_prep.estimate import estimate
 from data_prep.merge import merge
-from data_prep.pipeline import list_source
+from data_prep.pipeline import list_source, shard_dataset
 from data_prep.repair import repair
 from data_prep.report import reject_list, stats_table, write_preview
 from data_prep.retry import retry
@@ -95,6 +95,43 @@ def test_retry_adds_what_is_good_now_and_only_that(folders: Path, tmp_path: Path
     assert verify_dataset(str(out), 1, False) == {}
     (folders / "class 1" / "other.mp4").write_bytes((folders / "class 1" / "v0.mp4").read_bytes())
     assert [r.reason for r in retry(str(out), 1, False).rejected] == ["duplicate"]
+
+
+@pytest.mark.slow
+def test_what_retry_added_is_named_where_the_manifest_is_made_again(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    prepare(FolderSource(str(folders)), out)
+    make_video(folders / "class 0" / "broken.mp4", frames=5, seed=900)
+    grown, before = retry(str(out), 1, False), tars(out)
+    (out / "manifest.json").unlink()
+    again = shard_dataset(FolderSource(str(folders)), str(out), FAST, executor=InProcess)
+    assert len(again.samples) == len(grown.samples) - 1
+    told = capsys.readouterr().err
+    assert f"'{grown.shards[-1].url}': not listed" in told and f"run data-prep retry {out} again" in told
+    assert retry(str(out), 1, False) == grown and tars(out) == before
+
+
+@pytest.mark.slow
+def test_retry_keeps_duplicates_where_the_dataset_does(folders: Path, tmp_path: Path) -> None:
+    settings = replace(FAST, keep_duplicates=True)
+    first = prepare(FolderSource(str(folders)), tmp_path / "out", settings)
+    (folders / "class 0" / "broken.mp4").write_bytes((folders / "class 0" / "v0.mp4").read_bytes())
+    second = retry(str(tmp_path / "out"), 1, False)
+    assert not second.rejected and len(second.samples) == len(first.samples) + 1
+
+
+@pytest.mark.slow
+def test_retry_and_repair_take_the_url_of_the_manifest(folders: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(FolderSource(str(folders)), out)
+    before = tars(out)
+    (out / "shard-00001.tar").unlink()
+    assert repair(str(out / "manifest.json"), 1, False)[0] == ["shard-00001.tar"] and tars(out) == before
+    make_video(folders / "class 0" / "broken.mp4", frames=5, seed=900)
+    assert cli.main(["retry", str(out / "manifest.json"), "--workers", "1"]) == 0
+    assert len(tars(out)) == len(before) + 1 and verify_dataset(str(out), 1, False) == {}
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tarfile
 import zlib
 from pathlib import Path
@@ -211,9 +212,14 @@ def test_an_output_that_holds_something_else_is_refused_and_left_alone(folders: 
 def test_not_one_video_kept_is_a_failure_without_a_manifest(tmp_path: Path) -> None:
     (tmp_path / "in" / "c").mkdir(parents=True)
     (tmp_path / "in" / "c" / "a.mp4").write_text("x")
-    with pytest.raises(WorkFailed, match="not one of 1 videos could be kept: 1 unreadable"):
+    with pytest.raises(
+        WorkFailed, match=r"not one of 1 videos could be kept: 1 unreadable\. .* remove .*/out/\.data-prep, "
+    ):
         prepare(FolderSource(str(tmp_path / "in")), tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
+    make_video(tmp_path / "in" / "c" / "a.mp4", frames=3)
+    shutil.rmtree(tmp_path / "out" / ".data-prep")
+    assert len(prepare(FolderSource(str(tmp_path / "in")), tmp_path / "out").samples) == 1
 
 
 @pytest.mark.slow
@@ -353,6 +359,62 @@ def test_a_worker_that_died_before_it_could_answer_has_done_its_shard(folders: P
     prepare(FolderSource(str(folders)), tmp_path / "a", executor=Twice())
     prepare(FolderSource(str(folders)), tmp_path / "b")
     assert tars(tmp_path / "a") == tars(tmp_path / "b")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("deleted", "problem"), [(False, "changed"), (True, "cannot be read any more")])
+def test_a_file_that_changed_after_its_verdict_is_verified_anew(tmp_path: Path, deleted: bool, problem: str) -> None:
+    videos = make_folders(tmp_path / "in", classes=1, each=3, frames=3)
+    (tmp_path / "i.csv").write_text("path,label\n" + "".join(f"class 0/v{n}.mp4,c\n" for n in range(3)))
+    source = CsvSource(str(tmp_path / "i.csv"), str(videos), "path", "label", {})
+    file = videos / "class 0" / "v1.mp4"
+
+    class Changing(InProcess):
+        def wait(self) -> Done:
+            if self.tasks[0].ticket == ("shard", 0):
+                file.unlink()
+                if not deleted:
+                    make_video(file, frames=5, seed=700)
+            return super().wait()
+
+    with pytest.raises(WorkFailed, match=rf"v1\.mp4: {file} {problem}.* Run the same command again"):
+        prepare(source, tmp_path / "out", COPY, executor=Changing())
+    manifest = prepare(source, tmp_path / "out", COPY)
+    assert len(manifest.samples) == (2 if deleted else 3)
+    assert [r.reason for r in manifest.rejected] == ["missing_video"] * deleted
+    assert verify_dataset(str(tmp_path / "out"), 1, False) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("comes", [True, False], ids=["more shards", "fewer shards"])
+def test_a_gap_that_is_cut_otherwise_than_before_spoils_no_shard(tmp_path: Path, comes: bool) -> None:
+    """Shard 0 is left out as the run stops; then one of its videos comes or goes."""
+    videos = make_folders(tmp_path / "in", classes=1, each=6, frames=3)
+    (tmp_path / "i.csv").write_text("path,label\n" + "".join(f"class 0/v{n}.mp4,c\n" for n in range(6)))
+    source = CsvSource(str(tmp_path / "i.csv"), str(videos), "path", "label", {})
+    settings = PrepSettings(FAST.encoding, shard_count=2 if comes else 1)
+    out, away = tmp_path / "out", tmp_path / "away.mp4"
+    first = videos / list_source(source, str(out), settings, None, None).items[0].source_id
+
+    class Gap(InProcess):
+        def wait(self) -> Done:
+            if self.tasks[0].ticket == ("shard", 0):
+                self.tasks.rotate(-1)
+            if self.tasks[0].ticket == ("shard", 0):
+                raise WorkFailed("stopped by the test")
+            return super().wait()
+
+    if comes:
+        first.rename(away)
+    with pytest.raises(WorkFailed, match="stopped by the test"):
+        prepare(source, out, settings, executor=Gap())
+    assert "shard-00001.tar" in tars(out) and "shard-00000.tar" not in tars(out)
+    shutil.rmtree(out / ".data-prep" / "staging")  # as on another machine
+    (away.rename(first) if comes else first.rename(away))
+    with pytest.raises(WorkFailed, match=r"were removed, to be made again .* Run the same command again to resume"):
+        prepare(source, out, settings)
+    assert prepare(source, out, settings) == prepare(source, tmp_path / "anew", settings)
+    assert tars(out) == tars(tmp_path / "anew") and verify_dataset(str(out), 1, False) == {}
 
 
 def test_a_second_run_into_the_same_folder_is_refused(folders: Path, tmp_path: Path) -> None:

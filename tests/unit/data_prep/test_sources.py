@@ -82,6 +82,48 @@ def test_kinetics_rows_find_their_videos_under_every_name(tmp_path: Path) -> Non
     assert {i.class_name for i in listing.items} == {"air drumming", "abseiling"}
 
 
+@pytest.mark.parametrize("kind", ["kinetics", "ssv2"])
+def test_a_folder_without_one_of_the_videos_is_refused_before_anything_is_written(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "stranger.mp4").write_text("x")
+    if kind == "kinetics":
+        source: Any = KineticsSource(str(kinetics_csv(tmp_path / "a.csv")), str(tmp_path / "v"))
+    else:
+        source = Ssv2Source(videos=str(tmp_path / "v"), **ssv2_files(tmp_path))
+    with pytest.raises(
+        DataError, match=r"none of the \d videos of .* is below .*/v, .*there lie for instance 'stranger.mp4'"
+    ):
+        prepare(source, tmp_path / "out", COPY)
+    assert not (tmp_path / "out").exists()
+
+
+BESIDE = [".json", ".jpg", ".m4a", ".mp3", ".vtt", ".part", ".mp4.part"]
+
+
+def test_files_beside_a_video_do_not_take_its_place(tmp_path: Path) -> None:
+    for name in ("abcdefghijk_000010_000020", "7"):
+        (tmp_path / "v").mkdir(exist_ok=True)
+        for ending in (*BESIDE, ".webm"):
+            (tmp_path / "v" / f"{name}{ending}").write_text("x")
+    kinetics = KineticsSource(str(kinetics_csv(tmp_path / "a.csv")), str(tmp_path / "v")).listing()
+    ssv2 = Ssv2Source(videos=str(tmp_path / "v"), **ssv2_files(tmp_path)).listing()
+    for listing, url in ((kinetics, "abcdefghijk_000010_000020.webm"), (ssv2, "7.webm")):
+        assert [i.url for i in listing.items if i.url] == [str(tmp_path / "v" / url)]
+        assert len(listing.unlabelled) == 2 * len(BESIDE) + 1
+
+
+@pytest.mark.parametrize("kind", ["kinetics", "ssv2"])
+def test_members_beside_a_video_do_not_take_its_place(kind: str, tmp_path: Path) -> None:
+    name = "abcdefghijk_000010_000020" if kind == "kinetics" else "7"
+    members = [(f"v/{name}{ending}", b"x") for ending in BESIDE]
+    tar_of(tmp_path / "a.tar", [*members, (f"v/{name}.mp4", video(tmp_path, 1))])
+    if kind == "kinetics":
+        source: Any = KineticsSource(str(kinetics_csv(tmp_path / "a.csv")), str(tmp_path / "a.tar"))
+    else:
+        source = Ssv2Source(videos=str(tmp_path / "a.tar"), **ssv2_files(tmp_path))
+    assert [s.source_id for s in prepare(source, tmp_path / "out", COPY).samples] == [name]
+
+
 def test_kinetics_test_csv_without_labels_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("youtube_id,time_start,time_end,split\nabc,1,2,test\n")
     with pytest.raises(DataError, match="no column 'label'"):

@@ -14,8 +14,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from data_prep import cli, tasks
 from data_prep.encode import Outcome
-from data_prep.settings import Encoding
+from data_prep.executor import Done
+from data_prep.settings import Encoding, PrepSettings
 from data_prep.sources.base import Item
+from data_prep.sources.folder import FolderSource
+from tests.unit.data_prep.inprocess import InProcess, prepare
 from tests.unit.data_prep.videos import make_folders, make_video
 from vswin_dist import storage
 from vswin_dist.errors import DataError, StorageError, WorkFailed
@@ -30,6 +33,7 @@ class Failing(MemoryFileSystem):
     cachable = False
     error: Callable[[], Exception] = RuntimeError
     times = 0
+    lists = True  # whether listings are spared
 
     def _fail(self) -> None:
         if Failing.times > 0:
@@ -48,6 +52,11 @@ class Failing(MemoryFileSystem):
         self._fail()
         super().pipe_file(path, value, **more)
 
+    def ls(self, path: str, detail: bool = True, **more: Any) -> Any:
+        if not Failing.lists:
+            self._fail()
+        return super().ls(path, detail, **more)
+
     def exists(self, path: str, **more: Any) -> bool:
         self._fail()
         return bool(super().exists(path, **more))
@@ -64,7 +73,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "WAITS_S", (0.0, 0.0))
     monkeypatch.setattr(MemoryFileSystem, "store", {})
     fsspec.register_implementation("failing", Failing, clobber=True)
-    Failing.times = 0
+    Failing.times, Failing.lists = 0, True
 
 
 def failing(error: Callable[[], Exception], times: int = 10**6) -> None:
@@ -73,8 +82,8 @@ def failing(error: Callable[[], Exception], times: int = 10**6) -> None:
 
 @pytest.fixture
 def stored(tmp_path: Path) -> tasks.SampleTask:
-    storage.put_bytes("failing://a.mp4", make_video(tmp_path / "a.mp4", frames=3).read_bytes())
-    return tasks.SampleTask(0, Item("a.mp4", "c", "failing://a.mp4"))
+    storage.put_bytes("failing://in/a.mp4", make_video(tmp_path / "a.mp4", frames=3).read_bytes())
+    return tasks.SampleTask(0, Item("a.mp4", "c", "failing://in/a.mp4"))
 
 
 def test_what_passes_is_waited_for(stored: tasks.SampleTask, tmp_path: Path) -> None:
@@ -94,8 +103,42 @@ def test_what_does_not_pass_stops_the_work_and_says_how_to_resume(stored: tasks.
 def test_a_video_without_access_is_unreadable(stored: tasks.SampleTask, tmp_path: Path) -> None:
     failing(lambda: PermissionError("Forbidden"))  # without a number, as s3fs has it
     outcome = tasks.process_sample(COPY, str(tmp_path / "staging"), stored)
-    assert outcome.verdict == "unreadable" and "no access to failing://a.mp4: Forbidden" in outcome.detail
+    assert outcome.verdict == "unreadable" and "no access to failing://in/a.mp4: Forbidden" in outcome.detail
     assert Failing.times == 10**6 - 1, "asked once"
+
+
+def test_a_video_that_vanished_is_missing_and_looked_for_again(stored: tasks.SampleTask, tmp_path: Path) -> None:
+    storage.put_bytes("failing://in/b.mp4", b"another")
+    storage.remove("failing://in/a.mp4")
+    assert tasks.process_sample(COPY, str(tmp_path / "staging"), stored).verdict == "missing_video"
+    assert not (tmp_path / "staging").exists(), "what may change is not staged"
+
+
+def test_a_folder_that_refuses_too_rejects_no_video(stored: tasks.SampleTask, tmp_path: Path) -> None:
+    failing(lambda: PermissionError("Forbidden"))
+    Failing.lists = False
+    with pytest.raises(WorkFailed, match=r"cannot be reached any more: no access to .*Run the same command again to resume"):
+        tasks.process_sample(COPY, str(tmp_path / "staging"), stored)
+    assert not (tmp_path / "staging").exists()
+
+
+def test_a_source_that_goes_away_stops_the_work_and_rejects_nothing(tmp_path: Path) -> None:
+    """A mount that drops leaves an empty folder."""
+    folders = make_folders(tmp_path / "in", classes=1, each=5, frames=3)
+    settings = PrepSettings(Encoding(short_side=32), shard_count=2)
+
+    class Unmounted(InProcess):
+        def wait(self) -> Done:
+            if len(self.ran) == 1:
+                (folders / "class 0").rename(tmp_path / "away")
+                (folders / "class 0").mkdir()
+            return super().wait()
+
+    with pytest.raises(WorkFailed, match=r"cannot be reached any more: .*does not exist.*it holds nothing.*Run the same"):
+        prepare(FolderSource(str(folders)), tmp_path / "out", settings, executor=Unmounted())
+    (folders / "class 0").rmdir()
+    (tmp_path / "away").rename(folders / "class 0")
+    assert prepare(FolderSource(str(folders)), tmp_path / "out", settings).counts["kept"] == 5
 
 
 def test_without_credentials_no_video_is_rejected(stored: tasks.SampleTask, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def decode_views(
 
 
 def decode_crop(data: bytes, view: View, video: VideoInfo, *, size: int, flip: bool, out: Tensor) -> Crop:
-    """Cut one view out of a video as it is stored, for `resample.to_rgb` to resize; see `stored_crop`.
+    """Cut one view out of a video as it is stored, for `resample.crops_to_rgb` to resize; see `stored_crop`.
 
     Args:
         size: that it will have.
