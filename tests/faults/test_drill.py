@@ -85,6 +85,7 @@ def test_ranks_and_drivers_that_die_hang_and_are_stopped(
         psutil.wait_procs(ranks, timeout=30)
         flip_a_bit(folder / f"step-{drill.committed():08d}" / checkpoint.MODEL)
         ranks = goes_on(process)
+        wait_until(lambda: "passing over a damaged" in drill.log.with_name("submission.log").read_text(), process)
         drill.happens("the driver is killed")
         process.kill()
         ended(ranks)

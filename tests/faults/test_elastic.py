@@ -15,7 +15,7 @@ import pytest
 from infra.local.cluster import Cluster, end_process, free_ports, local_cluster, start_command
 from tests.support import trainers
 from tests.support.drill import Drill, record
-from tests.support.line import SMALL, Line
+from tests.support.line import SMALL, Line, own_lines
 from tests.support.waiting import start_server, wait_until
 
 # A rate at which sums in another order stay small differences over a hundred steps; another sample shows as 1e-2.
@@ -96,7 +96,7 @@ def test_nodes_go_and_come_and_the_head_is_lost(line: Line, tmp_path: Path, requ
             kill_head(cluster)
             assert process.wait(120) == 1, log.read_text()[-5000:]
     ending = "Once that is mended, the same command resumes from the last checkpoint."
-    assert log.read_text().strip().splitlines()[-1].endswith(ending), log.read_text()[-5000:]
+    assert own_lines(log.read_text())[-1].endswith(ending), log.read_text()[-5000:]
 
     steps = drill.committed() + 6
     with local_cluster(2) as cluster:

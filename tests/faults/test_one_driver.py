@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.support.drill import Drill, record
-from tests.support.line import SMALL, Line
+from tests.support.line import SMALL, Line, own_lines
 from tests.support.waiting import below, wait_until
 from vswin_dist.training import checkpoint
 
@@ -70,7 +70,7 @@ def test_a_second_driver_is_refused_and_one_that_was_taken_over_changes_nothing(
         assert ranks and not alive, f"outlived their driver: {alive}"
         output, done = drill.log.read_text(), drill.committed()
         assert f"the training run 'one' is taken over from pid {first.pid}" in output and "resumed from" in output
-        assert f"stopped after step {done};" in output and output.splitlines()[-1] == "error: interrupted"
+        assert f"stopped after step {done};" in output and own_lines(output)[-1] == "error: interrupted"
         assert line.run_of("one").info.status == "KILLED"
         assert sorted(line.losses("one")) == list(range(1, done + 1)), "steps were done that no checkpoint holds"
         assert not list((line.home / "runs" / "one").rglob("stop-*"))
@@ -81,7 +81,7 @@ def test_a_second_driver_is_refused_and_one_that_was_taken_over_changes_nothing(
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
         assert first.wait(timeout=200) == 1, log.read_text()[-4000:]
-        assert "was taken over by pid" in log.read_text().strip().splitlines()[-1], log.read_text()[-4000:]
+        assert "was taken over by pid" in own_lines(log.read_text())[-1], log.read_text()[-4000:]
         time.sleep(2)  # its ranks end with it
         after = files(folder)
         assert {name: after.get(name) for name in before} == before, "it removed or changed a file"

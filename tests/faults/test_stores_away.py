@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from tests.support import trainers
 from tests.support.drill import Drill, record
-from tests.support.line import SMALL, Line
+from tests.support.line import SMALL, Line, own_lines
 from tests.support.mlflow_server import mlflow_server
 from tests.support.s3_server import S3Server
 from tests.support.shards import with_damaged_storage
@@ -65,7 +65,7 @@ def test_a_bucket_that_goes_away_ends_with_1_and_mlflow_without_which_the_same_c
                 assert process.wait(timeout=400) == 1, log.read_text()[-4000:]
         finally:
             s3.start()
-        error = log.read_text().strip().splitlines()[-1]
+        error = own_lines(log.read_text())[-1]
         assert error.startswith("error: ") and "s3://" in error and error.endswith(RESUMES), error
 
         with line.running("train", *command, output=drill.log) as process:

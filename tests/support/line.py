@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,11 @@ def make_shards(folder: Path, train: int = 52, val: int = 12) -> Path:
         )
         assert code == 0
     return folder
+
+
+def own_lines(output: str) -> list[str]:
+    """Return the lines of `output` that a command printed itself: those of its ranks come by Ray's log, sometimes later."""
+    return [line for line in output.strip().splitlines() if not re.match(r"(\x1b\[\d+m)*\([^)]*pid=\d+", line)]
 
 
 def running_actors(kind: str) -> list[psutil.Process]:
