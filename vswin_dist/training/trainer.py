@@ -226,6 +226,8 @@ class Trainer:
         """
         self.timer.heartbeat.beat("log", self.pending[-1].step + 1)
         found, corrupt = average(self.pending, self.rank)
+        with self.writer.kept():
+            self.skipped.check(self.pending, found, self.rank)
         seconds = (time.perf_counter() - self.began) / len(self.pending)  # of a step
         clips = self.plan.global_batch / seconds
         spent = times(self.timer.take(), len(self.pending))
@@ -235,8 +237,6 @@ class Trainer:
             speed = {"train/clips_per_second": clips, "train/data_wait_share": wait}
             known = {name: value for name, value in values.items() if math.isfinite(value)}  # not those of a skipped step
             self.tracking.log(metrics.step + 1, known | speed | metrics.rates)
-        with self.writer.kept():
-            self.skipped.check(self.pending, found, self.rank)
         done, mean = self.pending[-1].step + 1, sum(loss for loss, _ in found) / len(found)
         spent["time/other_s"] = max(0.0, seconds - sum(spent.values()))
         self.tracking.log(done, spent | self.utilisation.metrics(seconds) | self.skipped.metrics | self.loader.metrics)
