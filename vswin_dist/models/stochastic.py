@@ -8,6 +8,8 @@ other streams of random numbers are listed in `vswin_dist.randomness`.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -52,12 +54,33 @@ def sample_keys(seed: int, step: int, occurrences: Tensor) -> Tensor:
 
 def uniform(keys: Tensor, layer: int) -> Tensor:
     """Draw uniform float32 in [0, 1) of the shape of `keys` for one layer of the model (24 random bits)."""
-    return (splitmix64(keys ^ splitmix64_int(layer)) & 0xFFFFFF).to(torch.float32) * (1.0 / (1 << 24))
+    return _uniform(keys ^ splitmix64_int(layer))
 
 
-def drop_path_scale(keys: Tensor, layer: int, rate: float) -> Tensor:
-    """Draw stochastic depth (Huang et al. 2016): float32 [B], 0 for a dropped sample, else 1 / (1 - rate)."""
-    return (uniform(keys, layer) >= rate).to(torch.float32) * (1.0 / (1.0 - rate))
+def _uniform(keys: Tensor) -> Tensor:
+    return (splitmix64(keys) & 0xFFFFFF).to(torch.float32) * (1.0 / (1 << 24))
+
+
+def drop_path_scales(keys: Tensor, rates: tuple[float, ...]) -> Tensor:
+    """Draw stochastic depth (Huang et al. 2016) for all layers at once: 0 for a dropped sample, else 1 / (1 - rate).
+
+    Args:
+        keys: int64 [B].
+        rates: of layer 0, 1, ...
+
+    Returns:
+        float32 [layers, B]: a few kernels, where twenty for each layer would take a GPU's host longer than the layer.
+    """
+    layers, thresholds, factors = _layers(rates, keys.device)
+    return (_uniform(keys ^ layers) >= thresholds).to(torch.float32) * factors
+
+
+@lru_cache(maxsize=32)
+def _layers(rates: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Hash of each layer's number, its rate, and 1 / (1 - rate): [layers, 1] each; cached, so that a step copies nothing."""
+    hashes = torch.tensor([splitmix64_int(layer) for layer in range(len(rates))])
+    factors = torch.tensor([1.0 / (1.0 - rate) for rate in rates])
+    return tuple(x[:, None].to(device) for x in (hashes, torch.tensor(rates), factors))  # type: ignore[return-value]
 
 
 def dropout(x: Tensor, keys: Tensor, layer: int, rate: float) -> Tensor:

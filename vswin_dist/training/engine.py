@@ -116,6 +116,15 @@ def be_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # all of it is written before it is read
 
 
+def aligned(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Put those last whose elements do not fill multiples of 16 bytes in bf16, such as most bias tables.
+
+    ZeRO lays the parameters of a group one behind the other in a flat tensor. One that begins between multiples of 16 bytes
+    takes the slow kernels of products and norms: a step of swin_t took a third more of a GPU's time.
+    """
+    return sorted(parameters, key=lambda p: p.numel() % 8 != 0)
+
+
 class EngineAdamW(torch.optim.AdamW):
     """AdamW that changes nothing where `overflow` is set, nor a group that is marked `frozen`; it may average the weights.
 
@@ -185,7 +194,11 @@ class Engine:
         self._frozen = [False] * len(groups)
         optimizer = EngineAdamW(
             [
-                {"params": [parameters[n] for n in g.names], "weight_decay": g.weight_decay, "lr": g.lr_factor * optim.lr}
+                {
+                    "params": aligned([parameters[n] for n in g.names]),
+                    "weight_decay": g.weight_decay,
+                    "lr": g.lr_factor * optim.lr,
+                }
                 for g in groups
             ],
             betas=(optim.betas[0], optim.betas[1]),

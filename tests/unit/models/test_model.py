@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from vswin_dist.errors import ConfigError
 from vswin_dist.models import VideoSwin, build_model
-from vswin_dist.models.stochastic import drop_path_scale, dropout, sample_keys, splitmix64, splitmix64_int, uniform
+from vswin_dist.models.stochastic import drop_path_scales, dropout, sample_keys, splitmix64, splitmix64_int, uniform
 from vswin_dist.models.swin import model as swin_model
 
 TINY = {"embed_dim": 12, "depths": (2, 2), "num_heads": (2, 4), "window_size": (2, 4, 4), "num_classes": 5}
@@ -138,8 +138,10 @@ def test_random_numbers_are_uniform_and_distinct() -> None:
         assert abs(u.mean().item() - 0.5) < 0.01
         assert abs(u.std().item() - 12**-0.5) < 0.01
     assert abs(torch.corrcoef(torch.stack([uniform(keys, 0), uniform(keys, 1)]))[0, 1]) < 0.03
-    scale = drop_path_scale(keys, 5, 0.3)
-    assert abs(scale.mean().item() - 1.0) < 0.02
+    scales = drop_path_scales(keys, (0.0, 0.1, 0.3))
+    for layer, (rate, scale) in enumerate(zip((0.0, 0.1, 0.3), scales, strict=True)):
+        assert abs(scale.mean().item() - 1.0) < 0.02
+        assert torch.equal(scale, (uniform(keys, layer) >= rate) / torch.tensor(1 - rate))
     assert not torch.equal(sample_keys(0, 1, torch.arange(8)), sample_keys(1, 0, torch.arange(8)))
     kept = dropout(torch.ones(200, 100), keys[:200], 9, 0.5)
     assert abs(kept.mean().item() - 1.0) < 0.02

@@ -12,6 +12,7 @@ Shapes: L = tokens of a window; nWB = windows of all clips; h = heads; d = chann
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -46,14 +47,20 @@ def _padded(bias: Tensor, size: int) -> Tensor:
     return F.pad(bias, (0, size - bias.shape[2], 0, size - bias.shape[1]), value=-math.inf).contiguous()
 
 
+@cache
+def _mask(width: int) -> tuple[float, float]:
+    """Return the mask's value over the scale of heads of `width` channels, as the sum of two bfloat16."""
+    mask = MASK_VALUE * width**0.5
+    high = torch.tensor(mask).to(torch.bfloat16).item()
+    return high, torch.tensor(mask - high).to(torch.bfloat16).item()
+
+
 def _constants(kernel: str, qkv: Tensor, codes: Tensor, heads: int) -> dict[str, Any]:
     """Return what a kernel is compiled for, and the scale."""
     length, width = qkv.shape[1], qkv.shape[2] // 3 // heads
     own, step = tiles(kernel, length, qkv.dtype)
     warps, stages = TILES[kernel][2:]
-    mask = MASK_VALUE * width**0.5  # over the scale
-    high = torch.tensor(mask).to(torch.bfloat16).item()
-    low = torch.tensor(mask - high).to(torch.bfloat16).item()
+    high, low = _mask(width)
     exact = torch.get_float32_matmul_precision() == "highest"
     return {
         "scale": width**-0.5,

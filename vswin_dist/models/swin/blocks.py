@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vswin_dist.models.kernels.dispatch import Linear, mlp
-from vswin_dist.models.stochastic import drop_path_scale
 from vswin_dist.models.swin.attention import TemporalAttention, WindowAttention, ZeroStartTemporalAttention
 from vswin_dist.models.swin.windows import BatchGeometry, Triple, batch_geometry
 
@@ -59,20 +58,19 @@ class ResidualBlock(nn.Module, ABC):
     def attend(self, x: Tensor, geometry: BatchGeometry) -> Tensor:
         """Compute the attention branch before its residual: tokens [B, N, C] -> [B, N, C]."""
 
-    def forward(self, x: Tensor, geometry: BatchGeometry, keys: Tensor | None) -> Tensor:
-        """Map tokens [B, N, C] of the geometry's grid, with keys int64 [B] in training or None, -> [B, N, C]."""
+    def forward(self, x: Tensor, geometry: BatchGeometry, scales: Tensor | None) -> Tensor:
+        """Map tokens [B, N, C] of the geometry's grid -> [B, N, C]; `scales` are `drop_path_scales` in training, or None."""
         if self.training and self.recompute_attention:
             branch = recompute(self.attend, x, geometry)
         else:
             branch = self.attend(x, geometry)
-        x = self._add(x, branch, keys, 2 * self.number)
-        return self._add(x, self.mlp(self.norm2(x)), keys, 2 * self.number + 1)
+        x = self._add(x, branch, scales, 2 * self.number)
+        return self._add(x, self.mlp(self.norm2(x)), scales, 2 * self.number + 1)
 
-    def _add(self, x: Tensor, branch: Tensor, keys: Tensor | None, position: int) -> Tensor:
-        if keys is None or self.drop_path_rate == 0.0:
+    def _add(self, x: Tensor, branch: Tensor, scales: Tensor | None, position: int) -> Tensor:
+        if scales is None or self.drop_path_rate == 0.0:
             return x + branch
-        scale = drop_path_scale(keys, position, self.drop_path_rate).to(x.dtype)
-        return torch.addcmul(x, branch, scale[:, None, None])
+        return torch.addcmul(x, branch, scales[position].to(x.dtype)[:, None, None])
 
 
 class SwinBlock(ResidualBlock):

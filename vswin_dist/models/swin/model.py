@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vswin_dist.errors import ConfigError
 from vswin_dist.models.kernels.dispatch import check_kernel
 from vswin_dist.models.parameter_roles import Kind, ParameterRole
-from vswin_dist.models.stochastic import HEAD_LAYER, dropout
+from vswin_dist.models.stochastic import HEAD_LAYER, drop_path_scales, dropout
 from vswin_dist.models.swin.attention import TemporalAttention, WindowAttention
 from vswin_dist.models.swin.blocks import (
     NORM_EPS,
@@ -61,13 +61,13 @@ class Stage(nn.Module):
         """Return the geometry of each block on a grid of B clips; cached."""
         return [block.geometry(grid, batch, device) for block in self.blocks if isinstance(block, SwinBlock)]
 
-    def forward(self, x: Tensor, geometries: Sequence[BatchGeometry], keys: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, geometries: Sequence[BatchGeometry], scales: Tensor | None) -> Tensor:
         """Map tokens [B, N, C], with one geometry for each block, -> tokens of the next stage."""
         for block, geometry in zip(self.blocks, geometries, strict=True):
             if self.training and self.gradient_checkpointing == "block":
-                x = recompute(block, x, geometry, keys)
+                x = recompute(block, x, geometry, scales)
             else:
-                x = block(x, geometry, keys)
+                x = block(x, geometry, scales)
         return x if self.downsample is None else self.downsample(x, geometries[-1].grid)
 
 
@@ -90,6 +90,8 @@ class VideoSwin(nn.Module):
         )
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.head = nn.Linear(dim, a.num_classes)
+        residual = [m for m in self.modules() if isinstance(m, ResidualBlock)]  # by their numbers
+        self.drop_path_rates = tuple(block.drop_path_rate for block in residual for _ in range(2))  # of their branches
         for module in self.modules():
             if isinstance(module, ResidualBlock):
                 module.recompute_attention = a.gradient_checkpointing == "selective"
@@ -150,19 +152,20 @@ class VideoSwin(nn.Module):
 
     def _tokens(self, clips: Tensor, keys: Tensor | None, geometries: list[list[BatchGeometry]]) -> Tensor:
         """Normalised tokens of the last stage [B, N, C]."""
+        scales = None if keys is None else drop_path_scales(keys, self.drop_path_rates)
         if self.training and self.architecture.compile:
-            return _compiled()(self, clips, keys, geometries)
-        return self._compute(clips, keys, geometries)
+            return _compiled()(self, clips, scales, geometries)
+        return self._compute(clips, scales, geometries)
 
-    def _compute(self, clips: Tensor, keys: Tensor | None, geometries: list[list[BatchGeometry]]) -> Tensor:
+    def _compute(self, clips: Tensor, scales: Tensor | None, geometries: list[list[BatchGeometry]]) -> Tensor:
         x = self.patch_embed(clips)
         whole = self.training and self.architecture.gradient_checkpointing == "stage"
         for stage, own in zip(self.layers, geometries, strict=True):
-            x = recompute(stage, x, own, keys) if whole else stage(x, own, keys)
+            x = recompute(stage, x, own, scales) if whole else stage(x, own, scales)
         each = self.training and self.architecture.gradient_checkpointing in ("block", "stage")
         for block in self.temporal_layers:
             last = geometries[-1][-1]
-            x = recompute(block, x, last, keys) if each else block(x, last, keys)
+            x = recompute(block, x, last, scales) if each else block(x, last, scales)
         out: Tensor = self.norm(x)
         return out
 
