@@ -12,7 +12,10 @@ import torch
 from tests.support import net
 from tests.support.net import OPTIM
 from tests.support.ranks import run_ranks
-from vswin_dist.config.schema import TrainingSettings
+from vswin_dist.config.schema import OptimSettings, TrainingSettings
+from vswin_dist.models import build_model
+from vswin_dist.training.engine import Engine
+from vswin_dist.training.optim import parameter_groups
 from vswin_dist.training.step_metrics import Outcome
 
 STEPS = 6
@@ -81,6 +84,24 @@ def test_states_on_the_host_train_alike(precision: str, tolerance: float) -> Non
             assert moved and all(n > 0 for n in norms)
             assert losses == pytest.approx(expected, abs=tolerance), stage
             assert parts == pytest.approx(losses, abs=tolerance), stage
+
+
+def misplaced() -> dict[int, tuple[set[str], set[str]]]:
+    """Of each stage with flat weights: the parameters between multiples of 16 bytes, and those that do not fill them."""
+    found = {}
+    for stage in (1, 2):
+        model, optim = build_model("swin_nano", 5), OptimSettings()
+        training = TrainingSettings(zero_stage=stage, precision="bf16")
+        module = Engine(model, parameter_groups(model, optim), training, optim, 1, net.CPU).module
+        between = {n for n, p in module.named_parameters() if p.data_ptr() % 16}
+        found[stage] = between, {n for n, p in module.named_parameters() if p.nbytes % 16}
+    return found
+
+
+def test_weights_lie_where_fast_kernels_take_them() -> None:
+    for ranks in run_ranks(2, misplaced):
+        for between, odd in ranks.values():
+            assert between <= odd and "layers.0.blocks.0.attn.relative_position_bias_table" in odd
 
 
 EVERYTHING = replace(OPTIM, freeze=("body.0",), freeze_epochs=1, layer_decay=0.5, max_skipped_steps=1)
