@@ -20,6 +20,7 @@ Path = Literal["triton", "plain", "cpu"]  # of the attention, see `models.kernel
 BUCKET = 500_000_000  # elements of DeepSpeed's buffer for gradients under way, by default
 LIVE = 1_000_000_000  # parameters that ZeRO 3 keeps gathered at most, by default
 CPU_PROCESS = 560 << 20  # of a rank that holds no model: its libraries (measured, docs/benchmarks.md)
+SCATTERED = 1.4  # of a CPU's activations under ZeRO 3: weights come and go between them (measured, docs/benchmarks.md)
 CUDA_CONTEXT = 600 << 20  # of a process on a GPU outside PyTorch's allocator (assumed: 0.5 to 0.7 GiB on A100 and H100)
 
 
@@ -201,7 +202,8 @@ def resident_peak(parts: list[Block], checkpointing: GradientCheckpointing, setu
     if setup.device == "cuda":
         return step_peak(parts, checkpointing, setup, gradient)
     held, new = during_backward(parts, checkpointing, setup, gradient)
-    return sum(held) + max(again_by(parts, checkpointing, setup)) + max(new)
+    peak = sum(held) + max(again_by(parts, checkpointing, setup)) + max(new)
+    return int(peak * SCATTERED) if setup.zero_stage == 3 else peak
 
 
 def during_backward(
