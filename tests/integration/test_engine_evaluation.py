@@ -21,7 +21,8 @@ from vswin_dist.models import VideoSwin, build_model
 from vswin_dist.models.stochastic import sample_keys
 from vswin_dist.models.swin import model as swin_model
 from vswin_dist.tracking import NullRun, RunReference
-from vswin_dist.training.engine import Engine, deepspeed_config
+from vswin_dist.training.deepspeed_setup import deepspeed_config
+from vswin_dist.training.engine import Engine
 from vswin_dist.training.optim import parameter_groups
 from vswin_dist.training.step_metrics import StepMetrics, average
 from vswin_dist.training.trainer import Trainer, WorkerConfig

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import net
 from tests.support.net import OPTIM
 from tests.support.ranks import run_ranks
 from vswin_dist.config.schema import OptimSettings, TrainingSettings
 from vswin_dist.models import build_model
+from vswin_dist.training.deepspeed_setup import WAITLESS
 from vswin_dist.training.engine import Engine
 from vswin_dist.training.optim import parameter_groups
+from vswin_dist.training.skipped_steps import is_finite
 from vswin_dist.training.step_metrics import Outcome
 
 STEPS = 6
@@ -102,6 +107,68 @@ def test_weights_lie_where_fast_kernels_take_them() -> None:
     for ranks in run_ranks(2, misplaced):
         for between, odd in ranks.values():
             assert between <= odd and "layers.0.blocks.0.attn.relative_position_bias_table" in odd
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that the host reads from tensors: on a GPU it waits for each."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.masked_fill_.Tensor)
+        return function(*args, **(kwargs or {}))
+
+
+def stepped(settings: TrainingSettings, optim: OptimSettings) -> tuple[list[float], int]:
+    """The losses of a training, and how many numbers the host read in the engine's steps."""
+    reads, step = Reads(), Engine.step
+
+    def observed(engine: Engine) -> None:
+        with reads:
+            step(engine)
+
+    with patch.object(Engine, "step", observed):
+        trained = net.train(settings, optim, 0, STEPS)
+    return trained.losses + trained.norms + [w.double().sum().item() for w in trained.state["weights"].values()], reads.count
+
+
+def without_and_with_waits() -> dict[int, tuple[tuple[list[float], int], ...]]:
+    """Of each stage in bf16: as it is, with DeepSpeed's own functions, and where steps may be skipped."""
+    found = {}
+    for stage in (1, 2):
+        training = TrainingSettings(zero_stage=stage, precision="bf16")
+        ours = stepped(training, OPTIM)
+        spec = importlib.util.find_spec("deepspeed.runtime.utils")
+        assert spec and spec.loader
+        spec.loader.exec_module(fresh := importlib.util.module_from_spec(spec))
+        with ExitStack() as patches:
+            patches.enter_context(patch("vswin_dist.training.engine.without_a_look_at_the_norm", nullcontext))
+            for module, functions in WAITLESS.items():
+                for name in (f.__name__ for f in functions):
+                    patches.enter_context(patch(f"{module}.{name}", getattr(fresh, name)))
+            theirs = stepped(training, OPTIM)
+        found[stage] = ours, theirs, stepped(training, replace(OPTIM, max_skipped_steps=1))
+    return found
+
+
+def not_finite() -> list[tuple[bool, float]]:
+    """Whether an update was made by a gradient that is not finite, and its norm, where no step may be skipped."""
+    with patch.object(net, "save", lambda *_: {}):  # it refuses what is not finite
+        trained = [net.train(TrainingSettings(zero_stage=z, precision="bf16"), OPTIM, 0, 2, bad=(1,)) for z in (1, 2)]
+    return [(t.applied[-1], t.norms[-1]) for t in trained]
+
+
+def test_a_step_in_bf16_waits_for_nothing_and_has_the_bits_of_one_that_does() -> None:
+    for ranks in run_ranks(2, without_and_with_waits):
+        for (ours, read), (theirs, read_by_theirs), (checked, read_to_check) in ranks.values():
+            assert ours == theirs == checked
+            assert read == 0 and read_by_theirs >= STEPS and read_to_check >= STEPS
+
+
+def test_a_gradient_that_no_one_waited_for_is_still_known_not_to_be_finite() -> None:
+    for ranks in run_ranks(2, not_finite):
+        for applied, norm in ranks:
+            assert applied and not is_finite(1.0, norm)
 
 
 EVERYTHING = replace(OPTIM, freeze=("body.0",), freeze_epochs=1, layer_decay=0.5, max_skipped_steps=1)

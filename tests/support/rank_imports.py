@@ -13,6 +13,6 @@ import torch
 import torch._dynamo  # by ZeRO 3 and by models that are compiled
 
 from vswin_dist.evaluation import analysis  # noqa: F401
-from vswin_dist.training import engine, trainer  # noqa: F401
+from vswin_dist.training import deepspeed_setup
 
-engine._import_deepspeed(torch.device("cpu"))
+deepspeed_setup.import_deepspeed(torch.device("cpu"))

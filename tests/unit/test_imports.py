@@ -30,7 +30,7 @@ HOMES = {
         "vswin_dist/serving/ray_data.py",
         "vswin_dist/serving/ray_serve.py",
     },
-    "deepspeed": {"vswin_dist/training/engine.py"},
+    "deepspeed": {"vswin_dist/training/deepspeed_setup.py"},
     "mlflow": {"vswin_dist/tracking/backend.py"},
 }
 
@@ -187,8 +187,8 @@ def test_importing_is_cheap() -> None:
 def test_a_rank_loads_mlflow_only_to_log() -> None:
     code = """
 import sys, torch
-from vswin_dist.training import engine, trainer
-engine._import_deepspeed(torch.device("cpu"))
+from vswin_dist.training import deepspeed_setup, trainer
+deepspeed_setup.import_deepspeed(torch.device("cpu"))
 print("mlflow" in sys.modules)
 import mlflow
 """
@@ -201,13 +201,13 @@ def test_a_driver_and_a_rank_load_no_compiler(tmp_path: Path) -> None:
     code = f"""
 import sys, torch
 from vswin_dist.models import build_model, export_state, load_pretrained
-from vswin_dist.training import engine, launch
+from vswin_dist.training import deepspeed_setup, engine, launch
 image = build_model("swin_nano", num_classes=5, patch_size=(1, 4, 4), window_size=(1, 4, 4))
 torch.save(export_state(image, "microsoft2d"), "{tmp_path}/image.pth")
 with torch.device("meta"):
     video = build_model("swin_nano", num_classes=5)
 load_pretrained(video, "{tmp_path}/image.pth", dry_run=True)
-engine._import_deepspeed(torch.device("cpu"))
+deepspeed_setup.import_deepspeed(torch.device("cpu"))
 weight = torch.nn.Parameter(torch.zeros(2))
 weight.grad = torch.ones(2)
 engine.EngineAdamW([weight], lr=0.1).step()

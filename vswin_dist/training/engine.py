@@ -1,4 +1,4 @@
-"""DeepSpeed, and nothing of it elsewhere: the engine of one rank, and its state keyed by parameter name.
+"""The engine of one rank under DeepSpeed, and its state keyed by parameter name; how DeepSpeed is set up: `deepspeed_setup`.
 
 DeepSpeed's own checkpoints cannot change the number of ranks or the ZeRO stage with several parameter groups. The
 state here is one tensor for each parameter and moment, the moments in the parts that ranks hold of them; it is scattered to
@@ -9,100 +9,30 @@ the partitions of any stage. That uses private names of DeepSpeed (the release i
 
 from __future__ import annotations
 
-import importlib
-import logging
 import math
 import os
-import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache
+from contextlib import contextmanager, nullcontext
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from vswin_dist.config.schema import OptimSettings, TrainingSettings
 from vswin_dist.training.checkpoint import Part, State
+from vswin_dist.training.deepspeed_setup import (
+    GROWTH_INTERVAL,
+    MIN_LOSS_SCALE,
+    deepspeed_config,
+    import_deepspeed,
+    without_a_look_at_the_norm,
+)
 from vswin_dist.training.optim import ParameterGroup
 from vswin_dist.training.step_metrics import Outcome
 
 EMA = "ema"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MIN_LOSS_SCALE, GROWTH_INTERVAL = 1, 2000  # of fp16; the scale doubles after so many steps without an overflow, as PyTorch's
-
-
-@contextmanager
-def _absent(package: str) -> Iterator[None]:
-    """Let imports of a package fail, where it is not loaded yet."""
-    if package in sys.modules:
-        yield
-        return
-    sys.modules[package] = None  # type: ignore[assignment] # how Python is told so
-    try:
-        yield
-    finally:
-        del sys.modules[package]
-
-
-@cache
-def _import_deepspeed(device: torch.device) -> Any:
-    os.environ["DS_ACCELERATOR"] = device.type  # else the ranks of CPUs take a GPU that the machine has
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed calls collectives by names that this torch warns of, several times a step.
-    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
-    with _absent("mlflow"):  # its tuner, which nothing here uses, imports it: two seconds of each rank
-        import deepspeed
-
-    # DeepSpeed asks whether the optimizer is Muon, whose module compiles a function as it is imported: 3 s in each rank for
-    # the import of the whole compiler.
-    with patch.object(torch, "compile", lambda function: function):
-        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    # No operation of its own: the shared-memory collectives of CPU ranks would be compiled at first use, for over a minute,
-    # where gloo serves, and to ask which others could be starts compilers.
-    deepspeed.ops.__compatible_ops__ = {}
-    # bf16 collects garbage a dozen times as it begins, half a second each, to print 30 lines of the memory then in use.
-    importlib.import_module("deepspeed.runtime.bf16_optimizer").see_memory_usage = lambda message, force=False: None  # type: ignore[attr-defined]
-    return deepspeed
-
-
-def deepspeed_config(
-    training: TrainingSettings, optim: OptimSettings, accumulation: int, device: torch.device
-) -> dict[str, Any]:
-    """Make what `deepspeed.initialize` is given. ZeRO 0 in bf16 and fp16 keeps fp32 weights and runs under autocast."""
-    bf16, fp16 = training.precision == "bf16", training.precision == "fp16"
-    zero = training.zero_stage > 0
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": training.micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": optim.gradient_clipping,
-        "steps_per_print": 1 << 60,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": training.zero_stage, "overlap_comm": device.type == "cuda"},
-        # The overflow check waits for the GPU at every step. Without it `skipped_steps` finds out later, and stops.
-        "bf16": {"enabled": bf16 and zero, "check_grad_overflow": optim.max_skipped_steps > 0},
-        "torch_autocast": {"enabled": (bf16 or fp16) and not zero, "dtype": "float16" if fp16 else "bfloat16"},
-    }
-    if (bf16 or fp16) and zero:
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    if fp16 and zero:
-        config["fp16"] = {
-            "enabled": True,
-            "loss_scale": 0,  # a dynamic one, that is halved by each overflow as PyTorch's is
-            "hysteresis": 1,
-            "min_loss_scale": MIN_LOSS_SCALE,
-            "loss_scale_window": GROWTH_INTERVAL,
-        }
-    if training.offload:
-        # PyTorch's AdamW updates on the host too, with the bits that it has elsewhere; DeepSpeed's own needs a compiler.
-        config["zero_force_ds_cpu_optimizer"] = False
-        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
-    return config
 
 
 def be_deterministic() -> None:
@@ -177,7 +107,7 @@ class Engine:
         accumulation: int,
         device: torch.device,
     ) -> None:
-        deepspeed = _import_deepspeed(device)
+        deepspeed = import_deepspeed(device)
         supported = deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS
         if EngineAdamW not in supported:  # else DeepSpeed warns of it
             supported.append(EngineAdamW)
@@ -190,6 +120,7 @@ class Engine:
         exact = {n: p.detach().clone() for n, p in model.named_parameters()} if training.precision != "fp32" else {}
         self._parameters = parameters = dict(model.to(device).named_parameters())
         self._skips = optim.max_skipped_steps > 0
+        self._looks = self._skips or training.precision != "bf16"  # at the norm of each step, for which the host waits
         self._updates = [0] * len(groups)  # of each group, by AdamW: fewer than steps where some are left out
         self._frozen = [False] * len(groups)
         optimizer = EngineAdamW(
@@ -241,7 +172,7 @@ class Engine:
         """After each micro-batch; steps the optimizer after the last of an accumulation.
 
         ZeRO leaves out the update of a gradient that is not finite: stage 3 always, 1 and 2 in bf16 where it is told to
-        check. Stage 0 does not by itself.
+        check. Stage 0 does not by itself. In bf16 where nothing may be left out, the host waits for nothing.
         """
         last: bool = self.engine.is_gradient_accumulation_boundary()
         scale = self.loss_scale if last else 1.0
@@ -251,7 +182,8 @@ class Engine:
             self.engine._global_grad_norm = norm / scale if self._scaler else norm
             if self._skips or self._scaler:
                 self.optimizer.overflow = not bool(norm.isfinite())
-        self.engine.step()
+        with nullcontext() if self._looks else without_a_look_at_the_norm():
+            self.engine.step()
         if last:
             frozen = self._frozen
             self._freeze([False] * len(self.groups))  # what reads and writes the state finds all parameters alike
