@@ -34,6 +34,7 @@ from vswin_dist.tracking.provenance import source_version
 from vswin_dist.tracking.run import tracking_uri
 
 TRAIN_VIDEOS, VAL_VIDEOS = 1200, 300
+OWN_STEPS, OWN_EPOCHS = 2550, 34  # the least for a user's videos, from which less is learned in a step
 RENDERERS = min(os.cpu_count() or 1, 8)  # processes
 REPOSITORY = Path(__file__).parents[2]
 VIDEO_ENDINGS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".mpg", ".mpeg", ".m4v")
@@ -139,13 +140,15 @@ def prepare(demo: Demo, data: Path | None) -> dict[str, int] | None:
 
 
 def lengthened(clips: int) -> list[str]:
-    """Return the settings that train on a set of fewer clips than the rendered one for as many steps, scored as often."""
-    recipe, times = load_settings("demo", ["data.train=any"]), max(TRAIN_VIDEOS / clips, 1)
+    """Return the settings that train on a user's set of so many clips for `OWN_STEPS` at least, scored seven times."""
+    recipe = load_settings("demo", ["data.train=any"]).training
+    steps = max(clips // recipe.global_batch, 1)  # of an epoch
+    epochs = max(round(OWN_STEPS / steps), OWN_EPOCHS)
     return [
-        f"training.epochs={round(recipe.training.epochs * times)}",
-        f"optim.warmup_epochs={recipe.optim.warmup_epochs * times:g}",
-        f"evaluation.every_epochs={round(recipe.evaluation.every_epochs * times)}",
-        f"training.checkpoint_every={TRAIN_VIDEOS // recipe.training.global_batch}",
+        f"training.epochs={epochs}",
+        f"optim.warmup_epochs={epochs / 8:g}",
+        f"evaluation.every_epochs={max(epochs // 7, 1)}",
+        f"training.checkpoint_every={TRAIN_VIDEOS // recipe.global_batch}",
     ]
 
 
@@ -184,7 +187,8 @@ def run(seed: int, data: Path | None, extra: list[str]) -> int:
     labels = prepare(demo, data)
     sets = [f"data.{part}={demo.folder / 'shards' / part}" for part in ("train", "val")]
     clips = len(read_manifest(sets[0].partition("=")[2]).samples)
-    overrides = [f"run.name={name}", "run.fresh=true", f"run.seed={seed}", *sets, *lengthened(clips), *extra]
+    longer = lengthened(clips) if data else []
+    overrides = [f"run.name={name}", "run.fresh=true", f"run.seed={seed}", *sets, *longer, *extra]
     settings = load_settings("demo", overrides)
 
     print("\ntraining a small 2D Swin on still frames", flush=True)

@@ -1,8 +1,9 @@
 """Short videos in which the class is the motion, for the demonstration and the tests.
 
-A shape moves over a still background: left, right, up, down, clockwise or counter-clockwise. Every class is another
-one played backwards, and shape, colour, size, background, start and speed are random, so that neither a single frame
-nor a set of frames without order tells the class. Objects leave one edge and enter at the other.
+A shape moves over a still background: left, right, up, down, or on an arc over the top, clockwise or counter-clockwise.
+Every class is another one played backwards, and shape, colour, size, background, start and speed are random, so that
+neither a single frame nor a set of frames without order tells left from right, up from down, or one turn from the other.
+Objects leave one edge and enter at the other.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ def path_of(motion: str, rng: np.random.Generator) -> NDArray[np.float64]:
     if motion in ("left", "right", "up", "down"):
         direction = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}[motion]
         return np.asarray((start + t * rng.uniform(2.0, 4.0) * np.array(direction)) % SIZE)
-    turn = (1 if motion == "clockwise" else -1) * 2 * np.pi * rng.uniform(1.2, 2.0) / FRAMES
-    angle = rng.uniform(0, 2 * np.pi) + turn * t
-    return np.asarray((start + rng.uniform(10, 16) * np.concatenate([np.cos(angle), np.sin(angle)], 1)) % SIZE)
+    turn = (1 if motion == "clockwise" else -1) * 2 * np.pi * rng.uniform(0.6, 0.9) / FRAMES
+    angle = np.deg2rad(rng.uniform(-150, -30)) + turn * (t - (FRAMES - 1) / 2)  # the middle of the arc: -90 is its top
+    return np.asarray((start + rng.uniform(12, 18) * np.concatenate([np.cos(angle), np.sin(angle)], 1)) % SIZE)
 
 
 def mask_of(shape: str, dx: NDArray[np.float64], dy: NDArray[np.float64], radius: float) -> NDArray[np.float64]:

@@ -40,7 +40,11 @@ def train(s: Settings, steps: int | None = None) -> tuple[torch.nn.Module, list[
 
     torch.manual_seed(s.run.seed)
     model = models.build_model(
-        s.model.name, num_classes=classes, drop_path_rate=s.model.drop_path_rate, head_dropout=s.model.head_dropout
+        s.model.name,
+        num_classes=classes,
+        patch_size=s.model.patch_size,
+        drop_path_rate=s.model.drop_path_rate,
+        head_dropout=s.model.head_dropout,
     )
     optimizer = torch.optim.AdamW(groups(model, s.optim), betas=s.optim.betas, eps=s.optim.eps)
     losses = []

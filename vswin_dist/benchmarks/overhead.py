@@ -34,6 +34,7 @@ from vswin_dist.models import build_model
 LEFT_OUT = 4  # of the first steps
 SETTINGS = (
     "model.name=swin_t",
+    "model.patch_size=null",
     "model.init=null",
     "data.frames=8",
     "data.stride=1",

@@ -210,7 +210,7 @@ def test_values_that_are_typed_already_are_taken_strictly() -> None:
         ("optim.lr=inf", "optim.lr=inf: expected more than 0"),
         ("optim.lr=fast", "optim.lr='fast': expected a number, more than 0"),
         ("optim.warmup_epochs=-1", "optim.warmup_epochs=-1.0: expected 0 or more"),
-        ("training.epochs=3", "optim.warmup_epochs=4 is longer than the training of training.epochs=3"),
+        ("training.epochs=1", "optim.warmup_epochs=1.5 is longer than the training of training.epochs=1"),
         ("evaluation.ema=true", "evaluation.ema=true with training.ema_decay=0: no average is kept"),
         ("optim.freeze_epochs=2", "optim.freeze_epochs=2 with optim.freeze=null: nothing is frozen"),
         ("evaluation.patience=2", "evaluation.patience=2 with data.val=null: there is no val/top1"),
@@ -303,7 +303,7 @@ def test_what_may_differ_on_resumption_is_marked_on_the_field() -> None:
 
 
 def test_a_warm_up_may_take_the_whole_training() -> None:
-    assert load_settings("demo", [*DATA, "training.epochs=4"]).optim.warmup_epochs == 4.0
+    assert load_settings("demo", [*DATA, "training.epochs=4", "optim.warmup_epochs=4"]).optim.warmup_epochs == 4.0
 
 
 def test_a_compiled_model_needs_its_weights_whole() -> None:
