@@ -109,7 +109,8 @@ def test_a_gpu_that_is_too_small_is_told_what_fits(spec: TrainingSpec) -> None:
     s = spec.settings
     large = replace(s.training, use_gpu=True, micro_batch=8, workers=1, global_batch=8, precision="bf16")
     data = replace(s.data, frames=32, size=224)
-    asked = replace(spec, settings=replace(s, training=large, data=data, model=replace(s.model, name="swin_l", patch_size=None)))
+    model = replace(s.model, name="swin_l", patch_size=None)
+    asked = replace(spec, settings=replace(s, training=large, data=data, model=model))
     check = found(asked, replace(NODE, gpus=(("NVIDIA A10G", 20 * GIB),)))["GPU memory of one"]
     assert check.state == "error" and "NVIDIA A10G" in check.value
     assert "training.micro_batch=4" in check.remedy and "model.gradient_checkpointing=selective" in check.remedy
