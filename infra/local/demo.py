@@ -34,7 +34,7 @@ from vswin_dist.tracking.provenance import source_version
 from vswin_dist.tracking.run import tracking_uri
 
 TRAIN_VIDEOS, VAL_VIDEOS = 1200, 300
-OWN_STEPS, OWN_EPOCHS = 2550, 34  # the least for a user's videos, from which less is learned in a step
+OWN_EPOCHS = 34  # of a user's videos, from which less is learned in a step; more where they are fewer than TRAIN_VIDEOS
 RENDERERS = min(os.cpu_count() or 1, 8)  # processes
 REPOSITORY = Path(__file__).parents[2]
 VIDEO_ENDINGS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".mpg", ".mpeg", ".m4v")
@@ -140,15 +140,14 @@ def prepare(demo: Demo, data: Path | None) -> dict[str, int] | None:
 
 
 def lengthened(clips: int) -> list[str]:
-    """Return the settings that train on a user's set of so many clips for `OWN_STEPS` at least, scored seven times."""
-    recipe = load_settings("demo", ["data.train=any"]).training
-    steps = max(clips // recipe.global_batch, 1)  # of an epoch
-    epochs = max(round(OWN_STEPS / steps), OWN_EPOCHS)
+    """Return the settings that train on a user's set of so many clips, in as many steps at least as one of TRAIN_VIDEOS."""
+    epochs = round(OWN_EPOCHS * max(TRAIN_VIDEOS / clips, 1))
+    batch = load_settings("demo", ["data.train=any"]).training.global_batch
     return [
         f"training.epochs={epochs}",
         f"optim.warmup_epochs={epochs / 8:g}",
-        f"evaluation.every_epochs={max(epochs // 7, 1)}",
-        f"training.checkpoint_every={TRAIN_VIDEOS // recipe.global_batch}",
+        f"evaluation.every_epochs={epochs // 7}",
+        f"training.checkpoint_every={TRAIN_VIDEOS // batch}",
     ]
 
 

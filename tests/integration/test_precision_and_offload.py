@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -109,6 +110,9 @@ def test_weights_lie_where_fast_kernels_take_them() -> None:
             assert between <= odd and "layers.0.blocks.0.attn.relative_position_bias_table" in odd
 
 
+ALWAYS, NEVER = 0.05, 1000.0  # norms to which gradients are clipped
+
+
 class Reads(TorchDispatchMode):
     """Counts the numbers that the host reads from tensors: on a GPU it waits for each."""
 
@@ -120,7 +124,7 @@ class Reads(TorchDispatchMode):
 
 
 def stepped(settings: TrainingSettings, optim: OptimSettings) -> tuple[list[float], int]:
-    """The losses of a training, and how many numbers the host read in the engine's steps."""
+    """Losses, norms and weights of a training, and how many numbers the host read in the engine's steps."""
     reads, step = Reads(), Engine.step
 
     def observed(engine: Engine) -> None:
@@ -129,15 +133,20 @@ def stepped(settings: TrainingSettings, optim: OptimSettings) -> tuple[list[floa
 
     with patch.object(Engine, "step", observed):
         trained = net.train(settings, optim, 0, STEPS)
-    return trained.losses + trained.norms + [w.double().sum().item() for w in trained.state["weights"].values()], reads.count
+    assert {n > optim.gradient_clipping for n in trained.norms} == {optim.gradient_clipping == ALWAYS}
+    weights = [value for w in trained.state["weights"].values() for value in w.flatten().tolist()]
+    return trained.losses + trained.norms + weights, reads.count
 
 
-def without_and_with_waits() -> dict[int, tuple[tuple[list[float], int], ...]]:
-    """Of each stage in bf16: as it is, with DeepSpeed's own functions, and where steps may be skipped."""
-    found = {}
-    for stage in (1, 2):
-        training = TrainingSettings(zero_stage=stage, precision="bf16")
-        ours = stepped(training, OPTIM)
+def without_and_with_waits() -> list[tuple[tuple[list[float], int], ...]]:
+    """Of each stage in bf16, as it is, with DeepSpeed's own functions, and where steps may be skipped.
+
+    Of each with all gradients clipped and with none.
+    """
+    found = []
+    for stage, clipping in itertools.product((1, 2), (ALWAYS, NEVER)):
+        training, optim = TrainingSettings(zero_stage=stage, precision="bf16"), replace(OPTIM, gradient_clipping=clipping)
+        ours = stepped(training, optim)
         spec = importlib.util.find_spec("deepspeed.runtime.utils")
         assert spec and spec.loader
         spec.loader.exec_module(fresh := importlib.util.module_from_spec(spec))
@@ -146,8 +155,8 @@ def without_and_with_waits() -> dict[int, tuple[tuple[list[float], int], ...]]:
             for module, functions in WAITLESS.items():
                 for name in (f.__name__ for f in functions):
                     patches.enter_context(patch(f"{module}.{name}", getattr(fresh, name)))
-            theirs = stepped(training, OPTIM)
-        found[stage] = ours, theirs, stepped(training, replace(OPTIM, max_skipped_steps=1))
+            theirs = stepped(training, optim)
+        found.append((ours, theirs, stepped(training, replace(optim, max_skipped_steps=1))))
     return found
 
 
@@ -160,7 +169,7 @@ def not_finite() -> list[tuple[bool, float]]:
 
 def test_a_step_in_bf16_waits_for_nothing_and_has_the_bits_of_one_that_does() -> None:
     for ranks in run_ranks(2, without_and_with_waits):
-        for (ours, read), (theirs, read_by_theirs), (checked, read_to_check) in ranks.values():
+        for (ours, read), (theirs, read_by_theirs), (checked, read_to_check) in ranks:
             assert ours == theirs == checked
             assert read == 0 and read_by_theirs >= STEPS and read_to_check >= STEPS
 

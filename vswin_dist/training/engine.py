@@ -172,7 +172,8 @@ class Engine:
         """After each micro-batch; steps the optimizer after the last of an accumulation.
 
         ZeRO leaves out the update of a gradient that is not finite: stage 3 always, 1 and 2 in bf16 where it is told to
-        check. Stage 0 does not by itself. In bf16 where nothing may be left out, the host waits for nothing.
+        check. Stage 0 does not by itself. In stages 1 and 2 in bf16, where nothing may be left out and no state is on the
+        host, the host waits for nothing.
         """
         last: bool = self.engine.is_gradient_accumulation_boundary()
         scale = self.loss_scale if last else 1.0
