@@ -35,7 +35,7 @@ test: install
 	$(PYTEST) -m 'not faults'
 
 faults: install
-	$(PYTEST) -m faults
+	$(PYTEST) -m faults --anew
 
 # All of it at once, as CI does: what takes longest first, and each server and Ray head started once for both.
 check: install

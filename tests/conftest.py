@@ -8,6 +8,8 @@
 Each runs in two processes, since tests wait as much as they compute. The tests of a file stay in one of them, and so
 share what is costly to start: servers, and the Ray head of `cluster`, of which each process has one.
 `make check`, which CI runs, runs everything at once, the longest first; so does `pytest` without options, in one process.
+What a fault costs is true in `make faults` alone: elsewhere Ray's workers have imported what they need when they start
+(tests/support/warm.py).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import psutil
 import pytest
 
 from infra.local.cluster import Cluster, local_cluster
-from tests.support import drill
+from tests.support import drill, warm
 from tests.support.line import REPOSITORY, Line, make_shards, short_folder, short_folders
 from tests.support.mlflow_store import new_store
 from tests.support.s3_server import BUCKET, S3Server, rclone, start_s3
@@ -32,6 +34,16 @@ from tests.support.s3_server import BUCKET, S3Server, rclone, start_s3
 FAULTS = Path(__file__).parent / "faults"
 CACHES = {".pytest_cache", ".cache", ".config", ".triton"}  # of pytest, pip, matplotlib and torch's compiler
 MARK = "VSWIN_TEST_SESSION"  # inherited by every process that a test starts, however it detaches itself
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--anew", action="store_true", help="Ray's workers import all they need, as a user's do: see tests/support/warm.py"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    warm.SERVER.for_ray = not config.getoption("anew")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -105,6 +117,7 @@ def nothing_is_left() -> Iterator[None]:
     with own_temporary_folder():
         before = places()
         yield
+        warm.SERVER.stop()
         end = time.monotonic() + 60
         while (left := [p for p in marked_processes(mark) if not is_own_helper(p)]) and time.monotonic() < end:
             time.sleep(0.2)
@@ -147,7 +160,7 @@ def object_prefix(object_store: S3Server, tmp_path: Path) -> str:
 @pytest.fixture(scope="session")
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A Ray head of two CPUs with the job server; the keys of the object storage are in its environment."""
-    environment = {"OMP_NUM_THREADS": "1", "VSWIN_HOME": str(tmp_path_factory.mktemp("nodes"))}
+    environment = {"OMP_NUM_THREADS": "1", "VSWIN_HOME": str(tmp_path_factory.mktemp("nodes")), **warm.NO_SPARE_WORKERS}
     if rclone() is not None:
         environment |= request.getfixturevalue("object_store").environment
     with local_cluster(cpus=2, env=environment) as started:

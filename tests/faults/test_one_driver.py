@@ -43,6 +43,7 @@ def test_a_second_driver_is_refused_and_one_that_was_taken_over_changes_nothing(
     line: Line, request: pytest.FixtureRequest
 ) -> None:
     command = ("--recipe", "demo", "run.name=one", *line.sets(), *SMALL, *STEPS)
+    line.anew = True  # all processes of a driver are below it
     log, drill = line.home / "first.log", Drill(line, "one", line.home / "second.log")
     first = line.start("train", *command, output=log)
     family: list[psutil.Process] = []

@@ -18,8 +18,8 @@ import psutil
 
 from data_prep.cli import main as data_prep_main
 from infra.local import motions
+from tests.support import warm
 from tests.support.waiting import Job
-from tests.support.warm_job import run_script
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = (
@@ -107,7 +107,9 @@ class Line:
     shards: Path
     ray_folder: Path  # where Ray puts its sockets, whose paths must be short
     env: dict[str, str] = field(default_factory=dict)
-    anew: bool = False  # each job starts Python: what is imported, or read by an import, is of its own environment
+    anew: bool = (
+        False  # each job and worker starts Python: what is imported, or read by an import, is of its own environment
+    )
 
     @property
     def environment(self) -> dict[str, str]:
@@ -119,6 +121,7 @@ class Line:
             "VSWIN_SOURCE_COMMIT": "test",
             "RAY_USAGE_STATS_ENABLED": "0",
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            **({} if self.anew else warm.for_ray()),
             **self.env,
         }
 
@@ -173,7 +176,7 @@ class Line:
         else:
             said = self.ray_folder / "output"
             said.unlink(missing_ok=True)
-            found = run_script(REPOSITORY / "jobs" / f"{job}.py", args, self.home, self.environment, said, timeout_s)
+            found = warm.run_script(REPOSITORY / "jobs" / f"{job}.py", args, self.home, self.environment, said, timeout_s)
             output = said.read_text()
         assert found == code, f"exit {found}, expected {code}:\n{output[-6000:]}"
         return output

@@ -7,12 +7,17 @@ import os
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # else MLflow starts a thread, which no fork survives
 
-import mlflow  # noqa: F401
+import jsonschema  # noqa: F401
+import mlflow
+import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+import pyarrow.parquet  # noqa: F401
 import sklearn.metrics  # noqa: F401
 import torch
 import torch._dynamo  # by ZeRO 3 and by models that are compiled
+import wcwidth  # noqa: F401
 
 from vswin_dist.evaluation import analysis  # noqa: F401
-from vswin_dist.training import deepspeed_setup
+from vswin_dist.tracking import mlflow_run  # noqa: F401
+from vswin_dist.training import deepspeed_setup, trainer  # noqa: F401
 
 deepspeed_setup.import_deepspeed(torch.device("cpu"))

@@ -75,4 +75,4 @@ def wait_until(
             if isinstance(process, Job) and process.file:
                 output = process.file.read_text()
             raise AssertionError(f"it ended with {process.returncode}:\n{(output or '')[-5000:]}\n{(errors or '')[-5000:]}")
-        time.sleep(0.005)
+        time.sleep(0.05)
