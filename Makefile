@@ -26,7 +26,7 @@ demo: install
 	$(BIN)/python -m infra.local.demo --seed $(SEED) $(if $(DATA),--data $(DATA))
 
 # What each of these runs stands in tests/conftest.py; two processes, and one thread for each.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
 unit: install
 	$(PYTEST) tests/unit -m 'not slow'

@@ -25,11 +25,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from infra.local.cluster import Cluster, local_cluster
+from infra.local.cluster import Cluster
 from tests.support import drill, warm
 from tests.support.line import REPOSITORY, Line, make_shards, short_folder, short_folders
 from tests.support.mlflow_store import new_store
 from tests.support.s3_server import BUCKET, S3Server, rclone, start_s3
+from tests.support.shared_head import SharedHead
 
 FAULTS = Path(__file__).parent / "faults"
 CACHES = {".pytest_cache", ".cache", ".config", ".triton"}  # of pytest, pip, matplotlib and torch's compiler
@@ -55,6 +56,12 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     if FAULTS in item.path.parents or "cluster" in getattr(item, "fixturenames", ()):
         item.add_marker(pytest.mark.faults)
         item.add_marker(pytest.mark.flaky(reruns=1))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Take what uses the Ray head of `cluster` first, the rest in its order: the head ends when it is done."""
+    using = {item.path for item in items if "cluster" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path not in using)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -158,12 +165,22 @@ def object_prefix(object_store: S3Server, tmp_path: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def shared_head() -> Iterator[SharedHead]:
+    """What `cluster` takes its head from."""
+    head = SharedHead(cpus=2)
+    yield head
+    head.end()
+
+
+@pytest.fixture
+def cluster(
+    request: pytest.FixtureRequest, shared_head: SharedHead, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
     """A Ray head of two CPUs with the job server; the keys of the object storage are in its environment."""
     environment = {"OMP_NUM_THREADS": "1", "VSWIN_HOME": str(tmp_path_factory.mktemp("nodes")), **warm.NO_SPARE_WORKERS}
     if rclone() is not None:
         environment |= request.getfixturevalue("object_store").environment
-    with local_cluster(cpus=2, env=environment) as started:
+    with shared_head.used(environment) as started:
         yield started
 
 

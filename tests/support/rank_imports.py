@@ -14,7 +14,6 @@ import pyarrow.parquet  # noqa: F401
 import sklearn.metrics  # noqa: F401
 import torch
 import torch._dynamo  # by ZeRO 3 and by models that are compiled
-import wcwidth  # noqa: F401
 
 from vswin_dist.evaluation import analysis  # noqa: F401
 from vswin_dist.tracking import mlflow_run  # noqa: F401
