@@ -13,19 +13,25 @@ NODES ?= 3
 
 install: $(VENV)/installed
 
-# torch goes first: DeepSpeed's own build asks for it. pip compiles on one core, what is only tested too; so it is done after it.
+# A Python's own pip can be years old, and takes twice as long. torch goes first: DeepSpeed's own build asks for it. pip compiles
+# on one core, what is only tested too; so that is done beside it and after it.
+PIP_INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
+COMPILE := $(BIN)/python -m compileall -qq -x /tests/ $(VENV)/lib >/dev/null 2>&1
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not on the PATH; give make PYTHON=..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt setuptools wheel torch numpy
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --no-build-isolation --editable '.[dev]'
-	@$(BIN)/python -m compileall -qq -j 0 -x /tests/ $(VENV)/lib >/dev/null 2>&1 || true  # of other Pythons, some
+	$(PIP_INSTALL) pip==26.3
+	$(PIP_INSTALL) setuptools wheel torch numpy
+	@$(COMPILE) & PYTHONWARNINGS='ignore:Editable installation' \
+		$(PIP_INSTALL) --no-build-isolation --editable '.[dev]' && wait
+	@$(COMPILE) -j 0 || true  # of other Pythons, some
 	@touch $@
 
 demo: install
 	$(BIN)/python -m infra.local.demo --seed $(SEED) $(if $(DATA),--data $(DATA))
 
-# What each of these runs stands in tests/conftest.py; two processes, and one thread for each.
+# What each of these runs stands in tests/conftest.py; three processes, and one thread for each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
 unit: install
