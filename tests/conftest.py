@@ -5,7 +5,7 @@
 - `make faults` runs what is of `faults`: every test below tests/faults, by its folder, each that uses the Ray head of
   `cluster`, and those elsewhere that carry the mark since they take minutes.
 
-Each runs in two processes, since tests wait as much as they compute. The tests of a file stay in one of them, and so
+Each runs in three processes, since tests wait as well as compute. The tests of a file stay in one of them, and so
 share what is costly to start: servers, and the Ray head of `cluster`, of which each process has one.
 `make check`, which CI runs, runs everything at once, the longest first; so does `pytest` without options, in one process.
 What a fault costs is true in `make faults` alone: elsewhere Ray's workers have imported what they need when they start
@@ -44,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    warm.SERVER.for_ray = not config.getoption("anew")
+    warm.SERVER.used = not config.getoption("anew")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

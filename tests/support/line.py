@@ -141,8 +141,9 @@ class Line:
         """Start `jobs/JOB.py` in a process group of its own, its output together in a pipe, or in the file `output`."""
         with contextlib.ExitStack() as stack:
             stdout = stack.enter_context(output.open("w")) if output else subprocess.PIPE
+            python = [sys.executable] if self.anew or not warm.SERVER.used else warm.python(warm.SERVER.address())
             process = Job(
-                [sys.executable, str(REPOSITORY / "jobs" / f"{job}.py"), *args],
+                [*python, str(REPOSITORY / "jobs" / f"{job}.py"), *args],
                 cwd=self.home,
                 env=self.environment,
                 stdout=stdout,

@@ -3,6 +3,8 @@
 Nothing of Ray, which takes its settings from the environment as it is imported.
 """
 
+import gc
+import multiprocessing
 import os
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # else MLflow starts a thread, which no fork survives
@@ -20,3 +22,6 @@ from vswin_dist.tracking import mlflow_run  # noqa: F401
 from vswin_dist.training import deepspeed_setup, trainer  # noqa: F401
 
 deepspeed_setup.import_deepspeed(torch.device("cpu"))
+MAIN_PROCESS = multiprocessing.current_process()  # of multiprocessing, for what is to be one
+gc.collect()
+gc.freeze()  # a collection in what is forked looks at none of it, and copies no page of it

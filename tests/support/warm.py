@@ -2,30 +2,34 @@
 
 A process has its own arguments, environment, working folder, session and output, and ends as a script does. Jobs are run so
 by `run_script`, and Ray's workers where a job's environment is `for_ray`: Ray takes for its Python this file as a
-program, which stays in the place of the process that it asks for: it ends with it, and what ends it ends that one.
+program, which stays in the place of the process that it asks for: it ends with it, what ends it ends that one, and SIGTERM
+and SIGINT are handed on. So are jobs that a test wants to signal or to kill.
 
-What is imported anew, as a user's is: jobs that `Line.start` starts, where a signal or a kill during their imports may
-count; all of `Line.anew`; and with pytest's option `--anew` all of Ray's workers, whose starts are a part of what a fault
-costs.
+What is imported anew, as a user's is: all of `Line.anew`, where what is imported counts, or which process is below which;
+and with pytest's option `--anew` all of Ray's workers and the jobs that faults come to, whose starts are a part of what a
+fault costs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
+import multiprocessing
+import multiprocessing.forkserver
+import multiprocessing.process
+import multiprocessing.resource_tracker
 import os
 import selectors
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 @contextlib.contextmanager
@@ -38,7 +42,7 @@ def _forked(
         stdio: the files of its input, its output and its errors.
 
     Yields:
-        What gives its exit code in decimal as it ends.
+        What gives a line with its process id, and as it ends one with its exit code.
     """
     request = {"command": [*command], "folder": folder, "environment": dict(environment), "stdio": [*stdio]}
     with socket.socket(socket.AF_UNIX) as server:
@@ -51,34 +55,35 @@ class _Server:
     """The process that others are forked from, one of each pytest process; started when it is asked for.
 
     Attributes:
-        for_ray: whether Ray's workers are.
+        used: False with the option `--anew`.
     """
 
     def __init__(self) -> None:
-        self.for_ray = True
-        self.process: subprocess.Popen[bytes] | None = None
-        self.folder = Path()
+        self.used = True
+        self._process: Any = None
+        self._ours: Any = None
+        self._folder = Path()
 
     def address(self) -> str:
         """Where it listens."""
-        if self.process is None:
-            self.folder = Path(tempfile.mkdtemp(prefix="vs-", dir="/tmp"))  # a socket's path is short
-            command = [sys.executable, "-m", "tests.support.warm", "serve", f"{self.folder}/socket"]
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}  # which torch reads as it is imported
-            pipe, root = subprocess.PIPE, Path(__file__).parents[2]
-            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, cwd=root)
-            assert self.process.stdout
-            self.process.stdout.readline()  # it listens, or has ended
-        return f"{self.folder}/socket"
+        if self._process is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="vs-", dir="/tmp"))  # a socket's path is short
+            context: Any = multiprocessing.get_context("forkserver")  # whose server ranks are forked from, too
+            context.set_forkserver_preload(["tests.support.rank_imports"])
+            self._ours, theirs = context.Pipe()
+            self._process = context.Process(target=serve, args=(f"{self._folder}/socket", theirs))
+            self._process.start()
+            theirs.close()
+            self._ours.recv()  # it listens
+        return f"{self._folder}/socket"
 
     def stop(self) -> None:
         """End it, and what was forked from it."""
-        if self.process is not None:
-            assert self.process.stdin
-            self.process.stdin.close()
-            self.process.wait()
-            shutil.rmtree(self.folder)
-            self.process = None
+        if self._process is not None:
+            self._ours.close()
+            self._process.join()
+            shutil.rmtree(self._folder)
+            self._process = None
 
 
 SERVER = _Server()
@@ -87,10 +92,15 @@ NO_SPARE_WORKERS = {"RAY_prestart_worker_first_driver": "0"}  # they would be of
 
 def for_ray() -> dict[str, str]:
     """What a job has in its environment whose Ray is to fork its workers; nothing where it is not to."""
-    if not SERVER.for_ray:
+    if not SERVER.used:
         return {}
-    python = f"{sys.executable} -I -S {__file__} {SERVER.address()}"
-    return {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {"py_executable": python}}), **NO_SPARE_WORKERS}
+    environment = {"py_executable": " ".join(python(SERVER.address()))}
+    return {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": environment}), **NO_SPARE_WORKERS}
+
+
+def python(address: str) -> list[str]:
+    """The command for Python that runs a script forked from the server at `address`."""
+    return [sys.executable, "-I", "-S", __file__, address]
 
 
 def run_script(
@@ -105,27 +115,24 @@ def run_script(
     with _forked(SERVER.address(), [str(script), *args], str(folder), environment, stdio) as process:
         process.settimeout(timeout_s)
         try:
-            return int(process.recv(16))
+            _, code = process.makefile().read().split()
+            return int(code)
         except TimeoutError as error:
             raise TimeoutError(f"{script} takes longer than {timeout_s:g} s:\n{output.read_text()[-6000:]}") from error
 
 
-def serve(address: str) -> None:
-    """Fork a process for each that asks at `address`, until the one that started this ends."""
-    import tests.support.rank_imports  # noqa: F401
-
-    gc.collect()
-    gc.freeze()  # else each child's first collection copies all of it
+def serve(address: str, starter: Connection) -> None:
+    """Fork a process for each that asks at `address`, until `starter` is closed by the process that started this."""
     asking: dict[int, socket.socket] = {}  # by the process that was forked for it
     with selectors.DefaultSelector() as selector, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen(128)
-        print(flush=True)
-        selector.register(sys.stdin, selectors.EVENT_READ)
+        starter.send(None)
+        selector.register(starter, selectors.EVENT_READ)
         selector.register(listener, selectors.EVENT_READ)
         while True:
             for key, _ in selector.select():
-                if key.fileobj is sys.stdin:
+                if key.fileobj is starter:
                     for pid in asking:
                         os.kill(pid, signal.SIGKILL)
                     return
@@ -137,12 +144,15 @@ def serve(address: str) -> None:
                         continue
                     if not (pid := os.fork()):
                         _become(**request)
+                    with contextlib.suppress(OSError):
+                        connection.sendall(f"{pid}\n".encode())
                     asking[pid] = connection
                     selector.register(connection, selectors.EVENT_READ, pid)
                     selector.register(os.pidfd_open(pid), selectors.EVENT_READ, pid)
                 elif isinstance(key.fileobj, socket.socket):  # who asked is gone
-                    selector.unregister(key.fileobj)
-                    os.kill(key.data, signal.SIGKILL)
+                    if key.data in asking:
+                        selector.unregister(key.fileobj)
+                        os.kill(key.data, signal.SIGKILL)
                 else:
                     code = os.waitstatus_to_exitcode(os.waitpid(key.data, 0)[1])
                     selector.unregister(key.fileobj)
@@ -151,7 +161,17 @@ def serve(address: str) -> None:
                     with contextlib.suppress(KeyError):
                         selector.unregister(connection)
                     with connection, contextlib.suppress(OSError):
-                        connection.sendall(str(code).encode())
+                        connection.sendall(f"{code}\n".encode())
+
+
+def _forget_multiprocessing() -> None:
+    """Be a main process, with no process of multiprocessing's above it or to be asked for more."""
+    from tests.support.rank_imports import MAIN_PROCESS
+
+    multiprocessing.process._current_process = MAIN_PROCESS  # type: ignore[attr-defined]
+    multiprocessing.process._parent_process = None  # type: ignore[attr-defined]
+    for helper in (multiprocessing.forkserver._forkserver, multiprocessing.resource_tracker._resource_tracker):
+        type(helper).__init__(helper)
 
 
 def _become(command: list[str], folder: str, environment: dict[str, str], stdio: list[str]) -> NoReturn:
@@ -161,6 +181,7 @@ def _become(command: list[str], folder: str, environment: dict[str, str], stdio:
 
     code: object = 1
     try:
+        _forget_multiprocessing()
         os.closerange(3, 1 << 10)
         os.setsid()
         for number, path in enumerate(stdio):
@@ -193,10 +214,16 @@ def _become(command: list[str], folder: str, environment: dict[str, str], stdio:
         os._exit(code if isinstance(code, int) else 1)
 
 
+def _stand_in(address: str, command: Sequence[str]) -> int:
+    """Ask for a process that runs `command`, hand on SIGTERM and SIGINT to it, and return its exit code."""
+    place = f"/proc/{os.getpid()}/fd/"
+    with _forked(address, command, os.getcwd(), os.environ, [f"{place}{n}" for n in range(3)]) as server:
+        answers = server.makefile()
+        pid = int(answers.readline())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda received, _: os.kill(pid, received))
+        return int(answers.readline() or 1)
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "serve":
-        serve(sys.argv[2])
-    else:
-        place = f"/proc/{os.getpid()}/fd/"
-        with _forked(sys.argv[1], sys.argv[2:], os.getcwd(), os.environ, [f"{place}{n}" for n in range(3)]) as server:
-            sys.exit(int(server.recv(16) or 1))
+    sys.exit(_stand_in(sys.argv[1], sys.argv[2:]))
