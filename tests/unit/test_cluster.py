@@ -39,6 +39,10 @@ def test_a_signal_after_the_ranks_have_ended_is_heeded(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(TorchTrainer, "fit", fit)
     one = Resources(world_sizes=(1,), use_gpu=False, cpus_per_worker=1, max_failures=0)
-    assert cluster.run_ranks(print, {}, one, "x", str(tmp_path)) == {"step": 3}
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+    try:
+        assert cluster.run_ranks(print, {}, one, "x", str(tmp_path)) == {"step": 3}
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
