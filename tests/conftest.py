@@ -8,8 +8,8 @@
 Each runs in three processes, since tests wait as well as compute. The tests of a file stay in one of them, and so
 share what is costly to start: servers, and the Ray head of `cluster`, of which each process has one.
 `make check`, which CI runs, runs everything at once, the longest first; so does `pytest` without options, in one process.
-What a fault costs is true in `make faults` alone: elsewhere Ray's workers have imported what they need when they start
-(tests/support/warm.py).
+What a fault costs is true in `make faults` alone: elsewhere jobs and Ray's workers have imported what they need when they
+start (tests/support/warm.py).
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ MARK = "VSWIN_TEST_SESSION"  # inherited by every process that a test starts, ho
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--anew", action="store_true", help="Ray's workers import all they need, as a user's do: see tests/support/warm.py"
+        "--anew",
+        action="store_true",
+        help="jobs and Ray's workers import what they need: see tests/support/warm.py",
     )
 
 
@@ -177,7 +179,8 @@ def cluster(
     request: pytest.FixtureRequest, shared_head: SharedHead, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
     """A Ray head of two CPUs with the job server; the keys of the object storage are in its environment."""
-    environment = {"OMP_NUM_THREADS": "1", "VSWIN_HOME": str(tmp_path_factory.mktemp("nodes")), **warm.NO_SPARE_WORKERS}
+    environment = {"OMP_NUM_THREADS": "1", "VSWIN_HOME": str(tmp_path_factory.mktemp("nodes"))}
+    environment |= warm.NO_SPARE_WORKERS if warm.SERVER.used else {}
     if rclone() is not None:
         environment |= request.getfixturevalue("object_store").environment
     with shared_head.used(environment) as started:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -41,6 +42,21 @@ def test_one_that_takes_too_long_is_killed(tmp_path: Path) -> None:
         warm.run_script(script(tmp_path, "print(os.getpid(), flush=True); time.sleep(600)"), [], tmp_path, {}, output, 1)
     killed = int(output.read_text().split()[-1])
     wait_until(lambda: not psutil.pid_exists(killed))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_handed_on(tmp_path: Path, number: signal.Signals) -> None:
+    end = f"import signal; signal.signal({int(number)}, lambda *_: sys.exit(7)); print(flush=True); time.sleep(600)"
+    command = [*warm.python(warm.SERVER.address()), str(script(tmp_path, end))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=tmp_path) as client:
+        assert client.stdout
+        for _ in range(3):
+            client.stdout.readline()
+        client.send_signal(number)
+        try:
+            assert client.wait(30) == 7
+        finally:
+            client.kill()
 
 
 @pytest.mark.parametrize("killed", ["client", "worker"])

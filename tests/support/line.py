@@ -121,9 +121,13 @@ class Line:
             "VSWIN_SOURCE_COMMIT": "test",
             "RAY_USAGE_STATS_ENABLED": "0",
             "MLFLOW_DISABLE_TELEMETRY": "true",
-            **({} if self.anew else warm.for_ray()),
+            **({} if self._starts_anew else warm.for_ray()),
             **self.env,
         }
+
+    @property
+    def _starts_anew(self) -> bool:
+        return self.anew or not warm.SERVER.used
 
     @property
     def uri(self) -> str:
@@ -141,7 +145,7 @@ class Line:
         """Start `jobs/JOB.py` in a process group of its own, its output together in a pipe, or in the file `output`."""
         with contextlib.ExitStack() as stack:
             stdout = stack.enter_context(output.open("w")) if output else subprocess.PIPE
-            python = [sys.executable] if self.anew or not warm.SERVER.used else warm.python(warm.SERVER.address())
+            python = [sys.executable] if self._starts_anew else warm.python(warm.SERVER.address())
             process = Job(
                 [*python, str(REPOSITORY / "jobs" / f"{job}.py"), *args],
                 cwd=self.home,
@@ -170,7 +174,7 @@ class Line:
 
     def run(self, job: str, *args: str, code: int = 0, timeout_s: float = 480) -> str:
         """Run `jobs/JOB.py` to its end; its output. Fails where it ends with another code than `code`."""
-        if self.anew:
+        if self._starts_anew:
             with self.running(job, *args) as process:
                 output, _ = process.communicate(timeout=timeout_s)
                 found = process.returncode

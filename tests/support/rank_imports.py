@@ -1,6 +1,7 @@
 """What ranks and jobs import, loaded once by the process that they are forked from: seconds of computing saved for each.
 
-Nothing of Ray, which takes its settings from the environment as it is imported.
+Nothing of Ray, which takes its settings from the environment as it is imported; workers that are forked after it do not
+reach their head.
 """
 
 import gc

@@ -1,4 +1,4 @@
-"""Processes forked from one that has imported what jobs and ranks import: five to eight seconds of computing saved for each.
+"""Processes forked from one that has imported what jobs and ranks import: a third of what a short training computes.
 
 A process has its own arguments, environment, working folder, session and output, and ends as a script does. Jobs are run so
 by `run_script`, and Ray's workers where a job's environment is `for_ray`: Ray takes for its Python this file as a
@@ -6,12 +6,12 @@ program, which stays in the place of the process that it asks for: it ends with 
 and SIGINT are handed on. So are jobs that a test wants to signal or to kill.
 
 What is imported anew, as a user's is: all of `Line.anew`, where what is imported counts, or which process is below which;
-and with pytest's option `--anew` all of Ray's workers and the jobs that faults come to, whose starts are a part of what a
-fault costs.
+and with pytest's option `--anew` all of them, since starts are a part of what a fault costs.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import multiprocessing
@@ -19,12 +19,14 @@ import multiprocessing.forkserver
 import multiprocessing.process
 import multiprocessing.resource_tracker
 import os
+import runpy
 import selectors
 import shutil
 import signal
 import socket
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -91,9 +93,7 @@ NO_SPARE_WORKERS = {"RAY_prestart_worker_first_driver": "0"}  # they would be of
 
 
 def for_ray() -> dict[str, str]:
-    """What a job has in its environment whose Ray is to fork its workers; nothing where it is not to."""
-    if not SERVER.used:
-        return {}
+    """What a job has in its environment whose Ray is to fork its workers."""
     environment = {"py_executable": " ".join(python(SERVER.address()))}
     return {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": environment}), **NO_SPARE_WORKERS}
 
@@ -138,12 +138,12 @@ def serve(address: str, starter: Connection) -> None:
                     return
                 if key.fileobj is listener:
                     connection, _ = listener.accept()
-                    request = json.loads(connection.makefile("rb").readline() or b"null")
-                    if request is None:
+                    request = connection.makefile("rb").readline()
+                    if not request.endswith(b"\n"):  # who asked has ended in the middle
                         connection.close()
                         continue
                     if not (pid := os.fork()):
-                        _become(**request)
+                        _become(**json.loads(request))
                     with contextlib.suppress(OSError):
                         connection.sendall(f"{pid}\n".encode())
                     asking[pid] = connection
@@ -175,10 +175,6 @@ def _forget_multiprocessing() -> None:
 
 
 def _become(command: list[str], folder: str, environment: dict[str, str], stdio: list[str]) -> NoReturn:
-    import atexit
-    import runpy
-    import threading
-
     code: object = 1
     try:
         _forget_multiprocessing()
@@ -216,12 +212,15 @@ def _become(command: list[str], folder: str, environment: dict[str, str], stdio:
 
 def _stand_in(address: str, command: Sequence[str]) -> int:
     """Ask for a process that runs `command`, hand on SIGTERM and SIGINT to it, and return its exit code."""
+    handed_on = (signal.SIGTERM, signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_BLOCK, handed_on)  # until there is somebody to hand them on to
     place = f"/proc/{os.getpid()}/fd/"
     with _forked(address, command, os.getcwd(), os.environ, [f"{place}{n}" for n in range(3)]) as server:
         answers = server.makefile()
         pid = int(answers.readline())
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in handed_on:
             signal.signal(number, lambda received, _: os.kill(pid, received))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, handed_on)
         return int(answers.readline() or 1)
 
 
